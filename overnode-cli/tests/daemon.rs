@@ -43,8 +43,8 @@ fn status_shows_every_section_with_one_line_per_row() {
         "version     0.1.0, up 3h25m\n",
         "critical  UDP port 6783 is in use",
         "critical  node 3 is unreachable; check that its host and its node are running",
-        "warning   packets to node 2 (host2) go through node 3: probes are not answered; check that \
-         UDP 6784 passes",
+        "warning   packets to node 2 (host2) go through node 3: probes are not answered; \
+         check that UDP 6784 passes",
         "warning   the target host9 is not connected: the name does not resolve; run \
          `overnode forget host9` to",
         "\nTargets\nHOST",
@@ -55,8 +55,8 @@ fn status_shows_every_section_with_one_line_per_row() {
         "->  192.0.2.12:6783  established  2(host2)  0.340 ms  via 3  1.5%  1420  3h25m  \
          AES-256-GCM 5.3 Gbit/s  Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s  -\n",
         "->  192.0.2.14:6783  failed       4(host4)  -         -      -     -     -      \
-         -                       -                                      the token differs (1m0s \
-         ago)\n",
+         -                       -                                      \
+         the token differs (1m0s ago)\n",
         "4.00 KiB  probes are not answered (1m10s ago)\n",
         "\nEndpoints\nADDRESS",
         "10.40.0.1/12  web   ov1a2b3c4d  attached",

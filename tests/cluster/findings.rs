@@ -99,7 +99,7 @@ fn a_program_that_cannot_be_attached_is_reported_as_a_local_problem() -> Result<
         watcher.wait_for(|event| event["event"] == "problem" && is_it(event))?;
         ip(&["route", "del", &far, "dev", "tun0"])?;
         eventually(TIMEOUT * 3, || lab.hosts().iter().try_for_each(finds_nothing))?;
-        watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;
+        watcher.wait_for(|event| event["event"] == "problem-resolved" && is_it(event))?;
         Ok(())
     })
 }

@@ -297,7 +297,7 @@ fn two_hosts_stay_together(
                         host.name
                     );
                     ensure!(
-                        route["straight"] == true,
+                        route["direct_works"] == true,
                         "{} reports for node {other}: {route}",
                         host.name
                     );

@@ -11,7 +11,7 @@ use lab::{Capture, Container, Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
-use overnode_daemon::control::session::{self, Link, LocalIdentity, Role, Terms};
+use overnode_daemon::control::session::{self, ConnectOptions, Link, LocalIdentity, Role};
 use overnode_daemon::gossip::{Message, Record, Signature, Signer};
 use overnode_daemon::ipam::{Change, Fact};
 use overnode_daemon::store::Store;
@@ -177,8 +177,10 @@ impl Member {
         let link = runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream)?;
             anyhow::Ok(
-                session::connect(stream, Role::Initiator, &me, Terms::default(), |_| Ok(()))
-                    .await?,
+                session::connect(stream, Role::Initiator, &me, ConnectOptions::default(), |_| {
+                    Ok(())
+                })
+                .await?,
             )
         })?;
         Ok(Self { runtime, link })

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lab::{Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
 use overnode_daemon::control::key;
-use overnode_daemon::control::session::{self, LocalIdentity, Role, Terms};
+use overnode_daemon::control::session::{self, ConnectOptions, LocalIdentity, Role};
 use overnode_daemon::types::{Network, NodeId};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
@@ -205,7 +205,10 @@ impl Stranger {
         stream.set_nonblocking(true)?;
         let met = self.runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream)?;
-            anyhow::Ok(session::connect(stream, role, &self.me, Terms::default(), |_| Ok(())).await)
+            anyhow::Ok(
+                session::connect(stream, role, &self.me, ConnectOptions::default(), |_| Ok(()))
+                    .await,
+            )
         })?;
         match met {
             Ok(link) => bail!("version {} was negotiated", link.version),

@@ -107,15 +107,13 @@ fn events_of_peers_paths_and_containers_are_reported() -> Result<()> {
         })?;
 
         lab.cut(one, three)?;
-        watcher
-            .wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == false)?;
+        watcher.wait_for(|it| it["event"] == "direct-path" && of(3, it) && it["works"] == false)?;
         let path = |to: Value| {
             watcher.wait_for(|it| it["event"] == "path-changed" && of(3, it) && it["path"] == to)
         };
         path(json!({"via": 2}))?;
         lab.heal(one, three)?;
-        watcher
-            .wait_for(|it| it["event"] == "straight-path" && of(3, it) && it["works"] == true)?;
+        watcher.wait_for(|it| it["event"] == "direct-path" && of(3, it) && it["works"] == true)?;
         path(json!("direct"))?;
 
         two.kill_daemon()?;

@@ -181,7 +181,7 @@ fn an_address_taken_twice_in_a_partition_gets_one_owner_and_advice_helps() -> Re
                 );
                 Ok(())
             })?;
-            watcher.wait_for(|event| event["event"] == "problem-over" && is_it(event))?;
+            watcher.wait_for(|event| event["event"] == "problem-resolved" && is_it(event))?;
             for guest in [&witness, &beside] {
                 guest.reach(containers[1 - container].address(), TIMEOUT)?;
             }

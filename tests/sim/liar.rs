@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use overnode_daemon::ipam::{Fact, Key, Loan, Message, Objection, LenderRole, Round, Title, quarters};
+use overnode_daemon::ipam::{
+    Fact, Key, LenderRole, Loan, Message, Objection, Round, Title, quarters,
+};
 use overnode_daemon::types::NodeId;
 use rand::Rng;
 use rand::seq::IndexedRandom;

@@ -160,7 +160,8 @@ fn an_unsupported_key_is_reported_with_its_whole_value() {
 #[test]
 fn keys_meant_for_others_are_ignored() {
     let others = json!({
-        "cniVersions": ["0.4.0", "1.1.0"], "type": "overnode-cni", "args": {"labels": [{"key": "a"}]},
+        "cniVersions": ["0.4.0", "1.1.0"], "type": "overnode-cni",
+        "args": {"labels": [{"key": "a"}]},
         "disableGC": true, "keyA": [1], "cni.dev/x": null, "prevResult": null,
         "runtimeConfig": {"portMappings": [{"hostPort": 80}], "dns": {}}, "cni.dev/attachments": [],
         "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0", "later": 1}],

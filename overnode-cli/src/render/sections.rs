@@ -276,7 +276,7 @@ pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     for reclaim in &ipam.reclaims {
         let missing =
             reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        facts.push(("reclaim", format!("of node {}: waiting for {missing}", reclaim.id).into()));
+        facts.push(("reclaim", format!("of node {}: waiting for nodes {missing}", reclaim.id).into()));
     }
     if detailed {
         facts
@@ -444,7 +444,7 @@ fn data(data: Option<&DataStatus>) -> [Cell; 6] {
     };
     let note = match data.session {
         SessionState::Established => {
-            let astray = data.route.as_ref().filter(|route| !route.straight);
+            let astray = data.route.as_ref().filter(|route| !route.direct_works);
             astray.map_or_else(String::new, |route| trouble(route.last_error.as_ref(), None))
         }
         SessionState::None | SessionState::Handshake | SessionState::Expired => {

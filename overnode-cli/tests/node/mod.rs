@@ -77,7 +77,7 @@ pub fn sample() -> Status {
         route: Some(RouteStatus {
             path: Some(Path::Via(3.try_into().unwrap())),
             since_seconds: 77,
-            straight: false,
+            direct_works: false,
             rtt_microseconds: Some(345),
             loss_per_mille: Some(15),
             last_error: Some(error("probes are not answered", 70)),

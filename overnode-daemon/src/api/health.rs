@@ -309,7 +309,7 @@ mod tests {
                     "data": {
                         "session": "established", "rx_bytes": 0, "tx_bytes": 0,
                         "route": {
-                            "path": "direct", "since_seconds": 60, "straight": true,
+                            "path": "direct", "since_seconds": 60, "direct_works": true,
                             "loss_per_mille": 1,
                         },
                     },

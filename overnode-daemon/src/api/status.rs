@@ -281,7 +281,7 @@ pub struct RouteStatus {
     /// How long packets have taken this route, in seconds.
     pub since_seconds: u64,
     /// Whether the direct path works, in both directions.
-    pub straight: bool,
+    pub direct_works: bool,
     /// Smoothed round-trip time of probes, in microseconds.
     pub rtt_microseconds: Option<u64>,
     /// Recent loss of probes, per mille.

@@ -132,7 +132,10 @@ impl WorkerSockets {
                     Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => return Ok(Vec::new()),
                     Err(error) => {
                         return Err(error).with_context(|| {
-                            format!("UDP port {BULK_PORT} cannot be opened: stop what uses it (`ss -lnup` shows it)")
+                            format!(
+                                "UDP port {BULK_PORT} cannot be opened: stop what uses it \
+                                     (`ss -lnup` shows it)"
+                            )
                         });
                     }
                 }

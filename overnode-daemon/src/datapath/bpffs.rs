@@ -338,7 +338,8 @@ fn netns_cookie() -> Result<u64> {
     if code != 0 {
         let why = io::Error::last_os_error();
         bail!(
-            "the kernel cannot identify network namespaces ({why}): SO_NETNS_COOKIE needs Linux 5.14, overnode needs Linux 6.1"
+            "the kernel cannot identify network namespaces ({why}): SO_NETNS_COOKIE needs Linux \
+             5.14, overnode needs Linux 6.1"
         );
     }
     Ok(cookie)
@@ -451,8 +452,8 @@ mod tests {
 
     #[test]
     fn the_last_mount_at_a_path_wins() {
-        let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n31 24 0:30 / /sys/fs/bpf/x rw - bpf bpf rw\n\
-                    32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
+        let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n31 24 0:30 / /sys/fs/bpf/x rw - \
+                    bpf bpf rw\n32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
         assert_eq!(last_mount(list, MOUNT_POINT), Some("0:31"));
         assert_eq!(last_mount(list, "/none"), None);
     }

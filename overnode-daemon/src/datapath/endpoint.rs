@@ -172,7 +172,8 @@ impl Datapath {
                 let (namespace, id) = netns.open()?;
                 ensure!(
                     id != NetnsId::current()?,
-                    "{netns} is the host's own network namespace: name a container's, or use `overnode expose`"
+                    "{netns} is the host's own network namespace: name a container's, or use \
+                     `overnode expose`"
                 );
                 Some(Inside { namespace, id, interface })
             }
@@ -190,7 +191,8 @@ impl Datapath {
             Ok(attached) => Ok(attached),
             Err(error) => {
                 if let Err(left) = self.detach(host_interface).await {
-                    warn!(%left, host_interface, "the remains of a failed attach cannot be removed yet");
+                    warn!(%left, host_interface, "the remains of a failed attach cannot be \
+                                                  removed yet");
                 }
                 Err(match place {
                     EndPlacement::Inside { netns, .. } => {
@@ -212,7 +214,8 @@ impl Datapath {
         match self.netlink.route_into(subnet).await? {
             None => Ok(()),
             Some((prefix, interface)) => bail!(
-                "the host reaches {prefix} through {interface}, which overlaps the container network {subnet}: remove that route, or launch all nodes with another --subnet"
+                "the host reaches {prefix} through {interface}, which overlaps the container \
+                 network {subnet}: remove that route, or launch all nodes with another --subnet"
             ),
         }
     }

@@ -235,7 +235,8 @@ impl Maps {
         for new in wanted.difference(&present) {
             self.local_addresses.insert(*new, 0, 0).with_context(|| {
                 format!(
-                    "the address {} cannot be added to LOCAL_ADDRESSES (it holds up to {LOCAL_ADDRESS_SLOTS})",
+                    "the address {} cannot be added to LOCAL_ADDRESSES (it holds up to \
+                     {LOCAL_ADDRESS_SLOTS})",
                     from_map(*new)
                 )
             })?;

@@ -273,7 +273,8 @@ impl Datapath {
             if has(FROM_UNDERLAY)
                 && let Err(error) = self.watch_interface(link)
             {
-                warn!(%error, interface = link.name, "no longer receiving messages on this interface");
+                warn!(%error, interface = link.name, "no longer receiving messages on this \
+                                                      interface");
                 for error in endpoint::detach_all(link, &self.pins) {
                     warn!(%error, interface = link.name, "the old program cannot be removed");
                 }
@@ -335,7 +336,8 @@ fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
     };
     if pins.list().iter().any(is_container) {
         bail!(
-            "the maps in use were created by another version of overnode ({}): detach the containers and run `overnode reset`, or start the version that created them",
+            "the maps in use were created by another version of overnode ({}): detach the \
+             containers and run `overnode reset`, or start the version that created them",
             mismatches.join("; ")
         );
     }

@@ -56,7 +56,8 @@ impl NetnsRef {
             }
             Self::Pid(pid) => {
                 format!(
-                    "the network namespace of process {pid} cannot be opened: check that the process still runs"
+                    "the network namespace of process {pid} cannot be opened: check that the \
+                     process still runs"
                 )
             }
         })?;

@@ -41,7 +41,8 @@ impl OffloadVeth {
             };
             ensure!(
                 is_ours,
-                "an interface {} that this node did not create already exists ({}): one network namespace holds one node",
+                "an interface {} that this node did not create already exists ({}): one network \
+                 namespace holds one node",
                 link.name,
                 link.alias.as_deref().unwrap_or("no alias")
             );

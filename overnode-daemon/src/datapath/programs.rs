@@ -323,7 +323,8 @@ fn explain(
     for (helper, helper_name, version) in HELPERS {
         if matches!(is_helper_supported(ProgramType::SchedClassifier, helper), Ok(false)) {
             return anyhow!(
-                "the kernel has no {helper_name} (new in Linux {version}): overnode needs Linux 6.1 or later"
+                "the kernel has no {helper_name} (new in Linux {version}): overnode needs Linux \
+                 6.1 or later"
             );
         }
     }

@@ -113,7 +113,8 @@ impl Datapath {
         if let Some(only) = &self.interface {
             ensure!(
                 *only == link.name,
-                "packets arrive or leave through {}, but only {only} may be used: launch with `--interface {}` or change the routes",
+                "packets arrive or leave through {}, but only {only} may be used: launch with \
+                 `--interface {}` or change the routes",
                 link.name,
                 link.name
             );

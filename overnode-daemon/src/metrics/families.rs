@@ -300,11 +300,8 @@ impl Families {
         let ipam = &self.0.ipam;
         family("ipam_ready", "1 while this node can allocate an address for a container.")
             .gauges(encoder, [(vec![], i64::from(ipam.ready))])?;
-        family(
-            "ipam_problems",
-            "Conflicts between nodes about which of them may allocate which addresses.",
-        )
-        .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
+        family("ipam_problems", "Contradictions between nodes about the allocation of addresses.")
+            .gauges(encoder, [(vec![], ipam.problems.len() as i64)])?;
         let own = ipam.owners.iter().find(|owner| owner.id == self.0.node.id);
         let held = own.map(|owner| (vec![], count(owner.addresses)));
         family("ipam_addresses", "Addresses that this node can allocate, including borrowed ones.")

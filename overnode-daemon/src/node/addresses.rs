@@ -312,7 +312,8 @@ impl Daemon {
         };
         if is_waiting {
             let error = ApiError::refused(format_args!(
-                "{} is already being attached and waits for an address: `overnode status --ipam` shows which node it waits for",
+                "{} is already being attached and waits for an address: `overnode status --ipam` \
+                 shows which node it waits for",
                 attach.target
             ));
             return Some((Err(error), answer));

@@ -223,8 +223,9 @@ impl Node {
                         Refusal::Copy(id).to_string()
                     } else {
                         format!(
-                            "another host ({}, key {}) was launched with this node's ID {id}: run `overnode reset` on one of the two, \
-                             then launch it with an ID of its own",
+                            "another host ({}, key {}) was launched with this node's ID {id}: \
+                             run `overnode reset` on one of the two, then launch it with an ID \
+                             of its own",
                             record.nickname, record.public_key
                         )
                     };
@@ -392,7 +393,8 @@ impl Node {
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
                 return Err(ApiError::missing(format_args!(
-                    "{host} is not a target of this node: nothing was changed; `overnode status --targets` lists the targets"
+                    "{host} is not a target of this node: nothing was changed; `overnode status \
+                     --targets` lists the targets"
                 )));
             };
             targets.remove(position);

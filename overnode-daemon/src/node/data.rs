@@ -480,7 +480,8 @@ impl Node {
         let nodes = self.peers.keys().filter_map(|index| index.node());
         for id in nodes.filter(|id| self.routing.is_reclaimed(*id)).collect::<Vec<_>>() {
             tracing::info!(
-                "the address space of node {id} was reclaimed: removing the node from the data plane"
+                "the address space of node {id} was reclaimed: removing the node from the data \
+                 plane"
             );
             self.remove_data_peer(id.peer_index(), now);
         }
@@ -510,7 +511,9 @@ impl Node {
             more => format!(" and {more} more"),
         };
         format!(
-            "{claimant} announces {}{more}, which belongs to {holder} (packets still go there): on the host that should not have it, run `overnode reset` or detach the containers that use it",
+            "{claimant} announces {}{more}, which belongs to {holder} (packets still go there): \
+             on the host that should not have it, run `overnode reset` or detach the containers \
+             that use it",
             prefixes.join(", ")
         )
     }

@@ -132,7 +132,8 @@ impl Node {
             Ok(place) => (self.dns.place, self.dns.trouble) = (Some(place), None),
             Err(error) => {
                 let problem = format!(
-                    "names are not served to containers: {error:#}; retrying every minute (launch with --no-dns to do without)"
+                    "names are not served to containers: {error:#}; retrying every minute \
+                     (launch with --no-dns to do without)"
                 );
                 self.dns.trouble = Some(problem);
             }
@@ -147,7 +148,8 @@ impl Node {
                 self.datapath.detach(&datapath::host_interface(self.dns.address)).await
         {
             tracing::debug!(
-                "the interface of the DNS server was not removed, it disappears with the daemon: {error:#}"
+                "the interface of the DNS server was not removed, it disappears with the daemon: \
+                 {error:#}"
             );
         }
     }
@@ -186,7 +188,9 @@ impl Node {
         let (count, size) = (names.len(), bytes(&names));
         self.dns.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
             format!(
-                "this node has more names than it can announce ({count} of {MAX_NAMES}, {size} of {NAME_BYTES} bytes): the last ones are not served; remove some with `overnode dns-remove`"
+                "this node has more names than it can announce ({count} of {MAX_NAMES}, {size} \
+                 of {NAME_BYTES} bytes): the last ones are not served; remove some with \
+                 `overnode dns-remove`"
             )
         });
         if self.gossip.own().names == names {
@@ -253,7 +257,8 @@ impl Node {
             self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
         if all.len() > MAX_NAMES || bytes(&all) > NAME_BYTES {
             return Err(ApiError::refused(format_args!(
-                "{name} was not added: a node can have at most {MAX_NAMES} names, {} KiB in total: remove some with `overnode dns-remove`",
+                "{name} was not added: a node can have at most {MAX_NAMES} names, {} KiB in \
+                 total: remove some with `overnode dns-remove`",
                 NAME_BYTES >> 10
             )));
         }
@@ -270,7 +275,8 @@ impl Node {
             |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
         if let Some(unknown) = request.addresses.iter().find(|address| !is_there(address)) {
             return Err(ApiError::missing(format_args!(
-                "{name} has no address {unknown} that was added on this node: nothing was changed; `overnode status --dns` lists all names and their nodes"
+                "{name} has no address {unknown} that was added on this node: nothing was \
+                 changed; `overnode status --dns` lists all names and their nodes"
             )));
         }
         let before = added.len();
@@ -280,7 +286,8 @@ impl Node {
         });
         if added.len() == before {
             return Err(ApiError::missing(format_args!(
-                "no name {name} was added on this node: nothing was changed; `overnode status --dns` lists all names and their nodes"
+                "no name {name} was added on this node: nothing was changed; `overnode status \
+                 --dns` lists all names and their nodes"
             )));
         }
         self.change_names(name, added).await

@@ -323,7 +323,8 @@ impl Node {
             let Ok(identity) = sandbox.id() else { continue };
             if let Err(why) = self.datapath.guard(&sandbox).await {
                 tracing::warn!(
-                    "without routing rules, packets of {} may leave through the engine's gateway: {why:#}",
+                    "without routing rules, packets of {} may leave through the engine's \
+                     gateway: {why:#}",
                     record.address
                 );
                 continue;

@@ -23,7 +23,8 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
         Some(Netns::Path(path)) => Ok(Some(NetnsRef::Path(path))),
         Some(Netns::Pid(pid)) => Ok(Some(NetnsRef::Pid(pid))),
         None => Err(ApiError::usage(format_args!(
-            "the network namespace of the container {} is unknown: give its process as netns {{\"pid\": N}}",
+            "the network namespace of the container {} is unknown: give its process as netns \
+             {{\"pid\": N}}",
             request.target
         ))),
     }
@@ -65,7 +66,8 @@ impl Node {
         let known = attachments.iter().find(|known| known.target == request.target.to_string());
         if let (Some(known), Some(_)) = (known, &request.cni) {
             return Err(ApiError::refused(format_args!(
-                "{} is already attached as {}: a container can join the network only once; delete that attachment first",
+                "{} is already attached as {}: a container can join the network only once; \
+                 delete that attachment first",
                 request.target, known.address
             )));
         }
@@ -256,7 +258,8 @@ impl Node {
         };
         if !matches!(known.kind, Kind::Netns | Kind::Host) {
             return Err(ApiError::refused(format_args!(
-                "{wanted} was not attached by `overnode attach`: the engine that attached it detaches it when its container stops"
+                "{wanted} was not attached by `overnode attach`: the engine that attached it \
+                 detaches it when its container stops"
             )));
         }
         self.remove(known).await?;

@@ -28,7 +28,8 @@ impl Node {
             || self.gossip.records().any(|it| it.public_key == request.public_key)
         {
             return Err(ApiError::refused(format_args!(
-                "{} is the key of a node of this cluster: give the key of a WireGuard peer that is not a node",
+                "{} is the key of a node of this cluster: give the key of a WireGuard peer that \
+                 is not a node",
                 request.public_key
             )));
         }
@@ -138,19 +139,22 @@ impl Node {
         for allowed in &request.allowed_ips {
             if overlaps(allowed, &range) {
                 return Err(ApiError::refused(format_args!(
-                    "{allowed} overlaps the range {range}, from which nodes allocate container addresses: choose other addresses"
+                    "{allowed} overlaps the range {range}, from which nodes allocate container \
+                     addresses: choose other addresses"
                 )));
             }
             if let Some((address, owner)) =
                 self.ipam.allocated().iter().find(|(address, _)| allowed.contains(*address))
             {
                 return Err(ApiError::refused(format_args!(
-                    "{allowed} contains {address}, which belongs to {owner} on this host: choose other addresses"
+                    "{allowed} contains {address}, which belongs to {owner} on this host: choose \
+                     other addresses"
                 )));
             }
             if self.ipam.layout().has_node_addresses(*allowed) {
                 return Err(ApiError::refused(format_args!(
-                    "{allowed} contains addresses that are reserved for the nodes themselves: choose other addresses"
+                    "{allowed} contains addresses that are reserved for the nodes themselves: \
+                     choose other addresses"
                 )));
             }
             let taken = self
@@ -160,7 +164,8 @@ impl Node {
                 .find(|it| it.allowed.iter().any(|theirs| overlaps(theirs, allowed)));
             if let Some(other) = taken {
                 return Err(ApiError::refused(format_args!(
-                    "{allowed} overlaps the addresses of the WireGuard peer {}: choose other addresses",
+                    "{allowed} overlaps the addresses of the WireGuard peer {}: choose other \
+                     addresses",
                     other.public_key
                 )));
             }

@@ -68,7 +68,8 @@ impl Node {
 
     fn lack_of_room(&self, now: Instant) -> Option<String> {
         self.gossip.is_full(now).then(|| {
-            "the records of other nodes have used up their space, and updates were dropped: look in `overnode status --peers` for nodes that are not yours"
+            "the records of other nodes have used up their space, and updates were dropped: look \
+             in `overnode status --peers` for nodes that are not yours"
                 .to_owned()
         })
     }

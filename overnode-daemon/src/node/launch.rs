@@ -65,19 +65,22 @@ impl Daemon {
         let id = identity.id;
         if id != request.id {
             return Err(ApiError::refused(format_args!(
-                "this host is already node {id}, not {}: one host runs one node; run `overnode reset` first to give it another ID",
+                "this host is already node {id}, not {}: one host runs one node; run `overnode \
+                 reset` first to give it another ID",
                 request.id
             )));
         }
         if !same(cluster_key, &identity.cluster_key) {
             return Err(ApiError::refused(format_args!(
-                "node {id} of this host was launched with another token: run `overnode reset` first to join another cluster"
+                "node {id} of this host was launched with another token: run `overnode reset` \
+                 first to join another cluster"
             )));
         }
         let asked = network(&request)?;
         if (request.subnet.is_some() || request.range.is_some()) && asked != identity.network {
             return Err(ApiError::refused(format_args!(
-                "node {id} of this host has subnet {} and range {}: run `overnode reset` first to change them",
+                "node {id} of this host has subnet {} and range {}: run `overnode reset` first \
+                 to change them",
                 identity.network.subnet, identity.network.range
             )));
         }
@@ -85,7 +88,8 @@ impl Daemon {
         let present = identity.dns_domain.as_deref().unwrap_or(DEFAULT_DOMAIN);
         if domain.is_some_and(|domain| domain.as_str() != present) {
             return Err(ApiError::refused(format_args!(
-                "node {id} of this host serves names under {present}: run `overnode reset` first to change that"
+                "node {id} of this host serves names under {present}: run `overnode reset` first \
+                 to change that"
             )));
         }
         let nickname = identity.nickname.clone();
@@ -161,7 +165,8 @@ fn bulk_workers(request: &api::Launch) -> Result<Option<u8>, ApiError> {
     match request.bulk_workers {
         Some(workers) if workers == 0 || u32::from(workers) > BULK_WORKER_SLOTS => {
             Err(ApiError::usage(format_args!(
-                "{workers} is not a valid number of bulk workers: give 1 to {BULK_WORKER_SLOTS}, or --bulk off for none"
+                "{workers} is not a valid number of bulk workers: give 1 to {BULK_WORKER_SLOTS}, \
+                 or --bulk off for none"
             )))
         }
         workers => Ok(workers),
@@ -182,7 +187,8 @@ fn network(request: &api::Launch) -> Result<Network, ApiError> {
     Layout::new(network).map_err(ApiError::usage)?;
     if network.subnet.addr().is_ipv6() {
         return Err(ApiError::usage(format_args!(
-            "the subnet {} is IPv6, which container networks do not support yet: give an IPv4 --subnet",
+            "the subnet {} is IPv6, which container networks do not support yet: give an IPv4 \
+             --subnet",
             network.subnet
         )));
     }

@@ -96,7 +96,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 if let Some(node) = &mut daemon.node {
                     node.handle_input(input).await;
                     if let Some(broken) = node.broken.take() {
-                        return Err(broken.context("the node stops, because it could otherwise give out an address twice"));
+                        return Err(broken.context("the node stops, because it could otherwise \
+                                                   give out an address twice"));
                     }
                 }
                 daemon.settle().await;
@@ -176,7 +177,8 @@ impl Daemon {
     fn node(&mut self) -> Result<&mut Node, ApiError> {
         self.node.as_mut().ok_or_else(|| {
             ApiError::refused(
-                "no node was launched on this host: run `overnode launch --id ID --token-file FILE HOST...` first",
+                "no node was launched on this host: run `overnode launch --id ID --token-file \
+                 FILE HOST...` first",
             )
         })
     }
@@ -234,7 +236,8 @@ fn listen(run_dir: &Path) -> anyhow::Result<UnixListener> {
     // may still use this run directory.
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {
         anyhow::bail!(
-            "another daemon answers on {}: one host runs one node; give this one another --run-dir, or stop the other one",
+            "another daemon answers on {}: one host runs one node; give this one another \
+             --run-dir, or stop the other one",
             path.display()
         );
     }

@@ -180,7 +180,8 @@ impl Node {
         failpoint::reached("incarnation");
         // Open the ports first. If that fails, nothing in the kernel has been changed.
         let udp = Arc::new(UdpSockets::bind(overnode_ebpf::wire::DATA_PORT).context(
-            "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then launch again",
+            "UDP port 6784 cannot be opened: stop what uses it (`ss -lnup` shows it), then \
+             launch again",
         )?);
         let live_nodes: LiveNodes = Arc::new(Mutex::default());
         let (events, mesh_events) = mpsc::channel(1024);
@@ -194,7 +195,8 @@ impl Node {
             events,
         )
         .context(
-            "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then launch again",
+            "TCP port 6783 cannot be opened: stop what uses it (`ss -lntp` shows it), then \
+             launch again",
         )?;
         failpoint::reached("ports");
         let mut datapath = Datapath::open(OpenOptions {

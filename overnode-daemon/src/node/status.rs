@@ -308,17 +308,17 @@ impl Node {
 impl Node {
     fn route_status(&self, id: NodeId, now: Instant) -> Option<RouteStatus> {
         let (route, since) = self.relay_routes.route(id)?;
-        let straight = self.paths.state(id);
+        let direct_works = self.paths.state(id);
         let micros = |rtt: std::time::Duration| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
         Some(RouteStatus {
             path: path_of(route),
             since_seconds: now.saturating_duration_since(since).as_secs(),
-            straight: straight.is_some_and(|state| state.alive),
-            rtt_microseconds: straight.and_then(|state| state.rtt).map(micros),
-            loss_per_mille: straight
+            direct_works: direct_works.is_some_and(|state| state.alive),
+            rtt_microseconds: direct_works.and_then(|state| state.rtt).map(micros),
+            loss_per_mille: direct_works
                 .filter(|state| state.rtt.is_some())
                 .map(|state| (state.loss * 1000.0) as u16),
-            last_error: straight
+            last_error: direct_works
                 .and_then(|state| state.last_error)
                 .map(|(failpoint, at)| last_error(&(failpoint.to_string(), at), now)),
         })
