@@ -36,7 +36,7 @@ const DAEMON_DIRS: [&str; 6] = [
 pub const LOG: &str = "overnoded.log";
 
 /// Startup timeout of a daemon. During startup the kernel verifies its programs.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Shutdown timeout of a daemon.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -221,11 +221,11 @@ impl Started {
                     }
                 }
             }
-            if begun.elapsed() > REQUEST_TIMEOUT {
+            if begun.elapsed() > STARTUP_TIMEOUT {
                 return Err(Failure::failed(format_args!(
                     "the daemon did not answer on {} within {} s: {}",
                     client.socket().display(),
-                    REQUEST_TIMEOUT.as_secs(),
+                    STARTUP_TIMEOUT.as_secs(),
                     self.last_words()
                 )));
             }

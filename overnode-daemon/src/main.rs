@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     if let Err(error) = trust::protect_memory() {
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-        tracing::error!("the memory of this process cannot be protected: {error}");
+        tracing::error!("this process's memory cannot be protected from others: {error}");
         return ExitCode::FAILURE;
     }
     if let [_, first, settings] = &std::env::args().collect::<Vec<_>>()[..]

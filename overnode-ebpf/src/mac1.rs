@@ -194,13 +194,22 @@ mod tests {
     proptest! {
         #[test]
         fn the_mac_agrees_with_the_blake2_crate(
-            key: [u8; 32], initiation: [u8; INITIATION_LEN], response: [u8; RESPONSE_LEN], bit in 0..8 * INITIATION_LEN,
+            key: [u8; 32],
+            initiation: [u8; INITIATION_LEN],
+            response: [u8; RESPONSE_LEN],
+            bit in 0..8 * INITIATION_LEN,
         ) {
             let state = keyed(&key);
-            let (mut initiation, mut response) = (with_mac(&key, initiation), with_mac(&key, response));
-            // SAFETY: the arrays have the required lengths.
-            let are_right = |initiation: &[u8; INITIATION_LEN], response: &[u8; RESPONSE_LEN]| unsafe {
-                (is_initiation(state, initiation.as_ptr()), is_response(state, response.as_ptr()))
+            let mut initiation = with_mac(&key, initiation);
+            let mut response = with_mac(&key, response);
+            let are_right = |initiation: &[u8; INITIATION_LEN], response: &[u8; RESPONSE_LEN]| {
+                // SAFETY: the arrays have the required lengths.
+                unsafe {
+                    (
+                        is_initiation(state, initiation.as_ptr()),
+                        is_response(state, response.as_ptr()),
+                    )
+                }
             };
             prop_assert_eq!(are_right(&initiation, &response), (true, true));
             // Every bit counts, except those of the second MAC.

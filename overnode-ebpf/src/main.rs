@@ -27,7 +27,6 @@ mod program;
 
 #[cfg(target_arch = "bpf")]
 mod entry {
-    use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
     use aya_ebpf::macros::{classifier, xdp};
     use aya_ebpf::programs::{TcContext, XdpContext};
     use overnode_ebpf::map::{
@@ -35,90 +34,36 @@ mod entry {
         PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
     };
 
-    use crate::program::{
-        Sent, aead_check, from_bulk, from_container, from_underlay, log, maps, record, seal,
-    };
-
-    /// Counts a packet that a program passed on, and returns its verdict.
-    #[inline(always)]
-    fn finish(sent: &Sent) -> i64 {
-        if let Some(reason) = sent.counted {
-            maps::count(reason);
-        }
-        sent.verdict
-    }
+    use crate::program::{aead_check, finish, from_bulk, from_container, from_underlay, seal};
 
     #[classifier]
     pub fn from_container(ctx: TcContext) -> i32 {
-        let ctx = ctx.skb.skb;
-        match from_container::run(ctx) {
-            Ok(sent) => finish(&sent) as i32,
-            Err(reason) => {
-                maps::count(reason);
-                record::dropped(ctx, reason, PROGRAM_FROM_CONTAINER);
-                log::from_container(ctx, reason);
-                TC_ACT_SHOT as i32
-            }
-        }
+        let skb = ctx.skb.skb;
+        finish::<PROGRAM_FROM_CONTAINER>(skb, from_container::run(skb)) as i32
     }
 
     #[classifier]
     pub fn seal(ctx: TcContext) -> i32 {
-        let ctx = ctx.skb.skb;
-        match seal::run(ctx) {
-            Ok(sent) => finish(&sent) as i32,
-            Err(reason) => {
-                maps::count(reason);
-                record::dropped(ctx, reason, PROGRAM_SEAL);
-                log::seal(ctx, reason);
-                TC_ACT_SHOT as i32
-            }
-        }
+        let skb = ctx.skb.skb;
+        finish::<PROGRAM_SEAL>(skb, seal::run(skb)) as i32
     }
 
     #[classifier]
     pub fn from_underlay(ctx: TcContext) -> i32 {
-        let ctx = ctx.skb.skb;
-        match from_underlay::run(ctx) {
-            Ok(Some(sent)) => finish(&sent) as i32,
-            // Let other programs on this interface run (TCX_NEXT).
-            Ok(None) => TC_ACT_UNSPEC,
-            Err(reason) => {
-                maps::count(reason);
-                record::dropped(ctx, reason, PROGRAM_FROM_UNDERLAY);
-                log::from_underlay(ctx, reason);
-                TC_ACT_SHOT as i32
-            }
-        }
+        let skb = ctx.skb.skb;
+        finish::<PROGRAM_FROM_UNDERLAY>(skb, from_underlay::run(skb)) as i32
     }
 
     #[xdp]
     pub fn from_underlay_xdp(ctx: XdpContext) -> u32 {
         let ctx = ctx.ctx;
-        match from_underlay::run(ctx) {
-            Ok(Some(sent)) => finish(&sent) as u32,
-            Ok(None) => xdp_action::XDP_PASS,
-            Err(reason) => {
-                maps::count(reason);
-                record::dropped(ctx, reason, PROGRAM_FROM_UNDERLAY_XDP);
-                log::from_underlay_xdp(ctx, reason);
-                xdp_action::XDP_DROP
-            }
-        }
+        finish::<PROGRAM_FROM_UNDERLAY_XDP>(ctx, from_underlay::run(ctx)) as u32
     }
 
     #[classifier]
     pub fn from_bulk(ctx: TcContext) -> i32 {
-        let ctx = ctx.skb.skb;
-        match from_bulk::run(ctx) {
-            Ok(sent) => finish(&sent) as i32,
-            Err(reason) => {
-                maps::count(reason);
-                record::dropped(ctx, reason, PROGRAM_FROM_BULK);
-                log::from_bulk(ctx, reason);
-                TC_ACT_SHOT as i32
-            }
-        }
+        let skb = ctx.skb.skb;
+        finish::<PROGRAM_FROM_BULK>(skb, from_bulk::run(skb)) as i32
     }
 
     #[classifier]

@@ -1,23 +1,6 @@
 //! Layouts of the maps: the only interface between the daemon and the programs.
 //!
-//! | map | kind | key | value |
-//! | --- | --- | --- | --- |
-//! | `CONFIG` | array (1) | 0 | [`Config`] |
-//! | `ENDPOINTS` | hash | ifindex of the host end, u32 | [`Endpoint`] |
-//! | `ROUTES` | LPM trie | prefix length (of 128), [`Address`] | [`Route`] |
-//! | `PEERS` | array | peer index | [`Peer`] |
-//! | `SESSIONS` | array | session slot | [`Session`] |
-//! | `LOCAL_ADDRESSES` | hash | [`Address`] | u32, unused |
-//! | `COUNTERS` | per-CPU array | [`crate::reason::Reason`] | u64 packets |
-//! | `COOKIES` | array (1) | 0 | u32, see [`COOKIE_ALLOWANCE`] (program) |
-//! | `PROBES` | ring buffer | | [`Probe`] |
-//! | `MONITOR` | array | [`crate::reason::Reason`] | u32, drops that may still be recorded |
-//! | `DROPS` | ring buffer | | [`Dropped`] |
-//! | `BULK_WORKERS` | array | worker | [`BulkWorker`] |
-//! | `BULK_PEERS` | array | peer index | [`BulkPeer`] |
-//! | `BULK_FLOWS` | LRU hash | [`BulkFlowKey`] | [`BulkFlow`] |
-//! | `BULK_RINGS` | array | worker | [`BulkRing`] |
-//! | `BULK_MESSAGES` | array | [`BulkRing::first`] and following | [`BulkMessage`] |
+//! [`for_each_map`](crate::for_each_map) declares them. [`MAPS`] has the table.
 //!
 //! The daemon writes everything that is not marked "program" below. It fills the slot of a session
 //! while no program can find it. Then it publishes the slot by storing its number in
@@ -27,6 +10,140 @@
 //! so atomically.
 //!
 //! All integers are in native byte order unless a name ends in `_be`.
+
+use crate::reason::REASON_SLOTS;
+
+/// Declares every map once: name, kind, key and value type, entries, whether it can be mapped into
+/// memory, version of the layout, and writers. `$callback!` gets the whole list. The statics of the
+/// programs, [`MAPS`] and the table in its documentation follow from it.
+///
+/// A map whose layout or meaning changes gets the next version. Its pin then has another name, so
+/// that a daemon finds a map of another version by name and never misreads it.
+#[macro_export]
+macro_rules! for_each_map {
+    ($callback:ident) => {
+        $callback! {
+            /// Configuration of the node.
+            CONFIG: Array, u32 => Config, 1, Unmapped, 1, "daemon";
+            /// Attachments, by ifindex of the host end.
+            ENDPOINTS: HashMap, u32 => Endpoint, ENDPOINT_SLOTS, Unmapped, 1, "daemon";
+            /// Owners of prefixes.
+            ROUTES: LpmTrie, Address => Route, ROUTE_SLOTS, Unmapped, 1, "daemon";
+            /// Peers, by peer index.
+            PEERS: Array, u32 => Peer, PEER_SLOTS, Mapped, 1, "daemon, programs";
+            /// Session keys, by slot.
+            SESSIONS: Array, u32 => Session, SESSION_SLOTS, Mapped, 1, "daemon, programs";
+            /// Addresses of this host on its underlay. The value is unused.
+            LOCAL_ADDRESSES: HashMap, Address => u32, LOCAL_ADDRESS_SLOTS, Unmapped, 1, "daemon";
+            /// Packets, by [`Reason`](crate::reason::Reason).
+            COUNTERS: PerCpuArray, u32 => u64, REASON_SLOTS, Unmapped, 1, "programs";
+            /// Allowance for cookie replies, see [`COOKIE_ALLOWANCE`].
+            COOKIES: Array, u32 => u32, 1, Unmapped, 1, "programs";
+            /// Probes for the daemon: records of type [`Probe`].
+            PROBES: RingBuf, () => (), PROBES_LEN, Unmapped, 1, "programs";
+            /// Drops that may still be recorded, by [`Reason`](crate::reason::Reason).
+            MONITOR: Array, u32 => u32, REASON_SLOTS, Unmapped, 1, "daemon, programs";
+            /// Dropped packets for monitors: records of type [`Dropped`].
+            DROPS: RingBuf, () => (), DROPS_LEN, Unmapped, 1, "programs";
+            /// Bulk workers, by number.
+            BULK_WORKERS: Array, u32 => BulkWorker, BULK_WORKER_SLOTS, Mapped, 1, "workers";
+            /// Use of the bulk path, by peer index.
+            BULK_PEERS: Array, u32 => BulkPeer, PEER_SLOTS, Mapped, 1, "workers, programs";
+            /// Receive rings, by worker.
+            BULK_RINGS: Array, u32 => BulkRing, BULK_WORKER_SLOTS, Mapped, 1, "workers, programs";
+            /// Slots of the receive rings, from [`BulkRing::first`] on.
+            BULK_MESSAGES: Array, u32 => BulkMessage, BULK_MESSAGE_SLOTS, Mapped, 1, "programs";
+            /// Flows that have sent large packets.
+            BULK_FLOWS: LruHashMap, BulkFlowKey => BulkFlow, BULK_FLOW_SLOTS, Unmapped, 1, "programs";
+        }
+    };
+}
+
+/// Kinds of maps that are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapKind {
+    /// `BPF_MAP_TYPE_ARRAY`.
+    Array,
+    /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
+    PerCpuArray,
+    /// `BPF_MAP_TYPE_HASH`.
+    HashMap,
+    /// `BPF_MAP_TYPE_LRU_HASH`.
+    LruHashMap,
+    /// `BPF_MAP_TYPE_LPM_TRIE`. Its keys start with the prefix length, in 4 bytes.
+    LpmTrie,
+    /// `BPF_MAP_TYPE_RINGBUF`. Its size is in bytes.
+    RingBuf,
+}
+
+/// The declaration of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapLayout {
+    /// Its name in the object.
+    pub name: &'static str,
+    /// Its kind.
+    pub kind: MapKind,
+    /// Size of a key, in bytes.
+    pub key: usize,
+    /// Size of a value, in bytes.
+    pub value: usize,
+    /// Entries; bytes of a ring buffer.
+    pub entries: u32,
+    /// Whether it can be mapped into memory (`BPF_F_MMAPABLE`).
+    pub is_mapped: bool,
+    /// Version of its layout and meaning, 1 and up.
+    pub version: u32,
+}
+
+impl MapLayout {
+    const fn new(
+        (name, kind, entries, version): (&'static str, MapKind, u32, u32),
+        (key, value): (usize, usize),
+        access: Access,
+    ) -> Self {
+        let key = if matches!(kind, MapKind::LpmTrie) { key + size_of::<u32>() } else { key };
+        assert!(version > 0);
+        Self {
+            name,
+            kind,
+            key,
+            value,
+            entries,
+            is_mapped: matches!(access, Access::Mapped),
+            version,
+        }
+    }
+}
+
+/// Whether user space maps a map into memory.
+enum Access {
+    Mapped,
+    Unmapped,
+}
+
+macro_rules! layouts {
+    ($(
+        $(#[doc = $doc:literal])+
+        $name:ident: $kind:ident, $key:ty => $value:ty, $entries:expr, $access:ident, $version:expr,
+        $writer:literal;
+    )+) => {
+        /// All maps.
+        ///
+        /// | map | kind | key | value | entries | written by | meaning |
+        /// | --- | --- | --- | --- | --- | --- | --- |
+        $(#[doc = concat!(
+            "| `", stringify!($name), "` | ", stringify!($kind), " | ", stringify!($key), " | ",
+            stringify!($value), " | ", stringify!($entries), " | ", $writer, " |", $($doc,)+ " |"
+        )])+
+        pub const MAPS: &[MapLayout] = &[$(MapLayout::new(
+            (stringify!($name), MapKind::$kind, $entries, $version),
+            (size_of::<$key>(), size_of::<$value>()),
+            Access::$access,
+        )),+];
+    };
+}
+
+crate::for_each_map!(layouts);
 
 /// An IPv4 address (v4-mapped, `::ffff:a.b.c.d`) or IPv6 address, in network byte order.
 #[repr(C, align(4))]
@@ -261,7 +378,7 @@ pub const RING_OPEN: u32 = 2;
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BulkRing {
-    /// One of `INBOX_*` (also written by the program).
+    /// One of `RING_*` (also written by the program).
     pub state: u32,
     /// Number of receive rings. Every ring has the same value.
     pub rings: u32,

@@ -227,7 +227,7 @@ fn holders(host: &Host) -> Result<BTreeSet<u64>> {
 
 #[test]
 fn only_one_of_several_nodes_reclaims_a_dead_node() -> Result<()> {
-    in_lab(Lab::new("heirs").hosts(4), |lab| {
+    in_lab(Lab::new("successors").hosts(4), |lab| {
         let [one, two, three, five] = [1, 2, 3, 4].map(|number| lab.host(number));
         let living = [(two, 2), (three, 3), (five, 5)];
         // Node 5 joins while node 1 is the only possible lender.
@@ -447,10 +447,10 @@ fn rejoin_after_reclaim(lab: &Lab, restarted: bool) -> Result<()> {
 
 #[test]
 fn a_node_reclaimed_alive_gives_no_address_twice_when_it_returns() -> Result<()> {
-    in_lab(Lab::new("grave").hosts(4), |lab| rejoin_after_reclaim(lab, false))
+    in_lab(Lab::new("returns").hosts(4), |lab| rejoin_after_reclaim(lab, false))
 }
 
 #[test]
 fn a_node_reclaimed_alive_gives_no_address_twice_after_a_restart() -> Result<()> {
-    in_lab(Lab::new("grave-anew").hosts(4), |lab| rejoin_after_reclaim(lab, true))
+    in_lab(Lab::new("returns-restarted").hosts(4), |lab| rejoin_after_reclaim(lab, true))
 }

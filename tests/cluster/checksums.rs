@@ -150,7 +150,8 @@ fn a_tunnel_between_containers_works() -> Result<()> {
                 let address = format!("172.31.0.{number}");
                 let ip = |line: &str| container.netns().ip(&line.split(' ').collect::<Vec<_>>());
                 ip(&format!(
-                    "link add nested type vxlan id 7 dstport 4789 remote {remote} dev overnode0 {outer_checksum}"
+                    "link add nested type vxlan id 7 dstport 4789 remote {remote} \
+                     dev overnode0 {outer_checksum}"
                 ))?;
                 ip(&format!("address add {address}/24 dev nested"))?;
                 ip("link set nested up")?;

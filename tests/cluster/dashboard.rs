@@ -171,7 +171,8 @@ fn wrong_dashboard_expressions_are_found() -> Result<()> {
     let told = told(series.into_iter())?;
     for (good, legend) in [
         (
-            "sum by (peer) (rate(overnode_x_total{instance=~\"$i\",kind=\"a\"}[$__rate_interval])) * 8",
+            "sum by (peer) \
+             (rate(overnode_x_total{instance=~\"$i\",kind=\"a\"}[$__rate_interval])) * 8",
             "{{peer}}",
         ),
         ("overnode_x_total", "{{instance}} {{peer}} {{kind}}"),

@@ -242,7 +242,7 @@ fn constant_dialing_from_five_addresses_does_not_keep_out_a_slow_node() -> Resul
     // Connections that end before they are accepted occupy no slot, so many have to stay open.
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(16384)), hard)?;
-    in_lab(Lab::new("calls").hosts(3), |lab| {
+    in_lab(Lab::new("dials").hosts(3), |lab| {
         let [victim, slow, attacker] = lab.hosts() else { unreachable!("three were made") };
         // The victim has no targets, so it dials no node.
         victim.overnode(&["launch", "--id", "1", "--token", TOKEN])?.success()?;

@@ -112,10 +112,7 @@ fn a_member_cannot_take_over_a_live_container_by_announcing_its_address() -> Res
         Injector::open(thief.netns(), INTERFACE)?.send_all(&vec![forged; PINGS as usize])?;
         eventually(TIMEOUT, || {
             let refused = counter(b, "foreign-source")? - before;
-            ensure!(
-                refused >= PINGS.into(),
-                "only {refused} of {PINGS} forged packets were refused"
-            );
+            ensure!(refused >= PINGS.into(), "only {refused} of {PINGS} were refused");
             Ok(())
         })?;
         let arrived = listening.stop()?.count(|packet| {

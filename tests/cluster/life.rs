@@ -173,11 +173,7 @@ fn targets_are_added_removed_replaced_and_kept() -> Result<()> {
         assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"]);
         let complaint = host.overnode(&["forget", "host2", "unheard-of"])?.failure(1)?;
         assert!(complaint.contains("unheard-of"), "{complaint}");
-        assert_eq!(
-            targets(host)?,
-            ["192.0.2.7", "host2", "no-such-host"],
-            "a failed forget must remove no target"
-        );
+        assert_eq!(targets(host)?, ["192.0.2.7", "host2", "no-such-host"], "a target was removed");
         host.overnode(&["forget", "192.0.2.7"])?.success()?;
         host.kill_daemon()?;
         host.overnode(&["resume"])?.success()?;
@@ -218,10 +214,7 @@ fn a_name_that_resolves_later_is_dialed_then() -> Result<()> {
         eventually(TIMEOUT, || {
             let status = a.status()?;
             let target = &list(&status, "targets")?[0];
-            ensure!(
-                target["last_error"]["message"].is_string(),
-                "the target has no error: {target}"
-            );
+            ensure!(target["last_error"]["message"].is_string(), "no error: {target}");
             Ok(())
         })?;
         assert!(peer(a, 2)?.is_none());

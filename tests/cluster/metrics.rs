@@ -63,10 +63,7 @@ fn metrics_match_the_page_and_the_dashboard() -> Result<()> {
         let text = eventually(TIMEOUT, || {
             let (code, text) = get(a, "/metrics")?;
             ensure!(code == 200 && text.contains("overnode_peer_rtt_seconds{"), "{code}: {text}");
-            ensure!(
-                text.contains("overnode_bulk_peer_in_use{"),
-                "no metrics of the workers: {text}"
-            );
+            ensure!(text.contains("overnode_bulk_peer_in_use{"), "no worker metrics: {text}");
             Ok(text)
         })?;
         let values = samples(&text)?;
@@ -123,10 +120,7 @@ fn metrics_match_the_page_and_the_dashboard() -> Result<()> {
         ensure!(rtt > 0.0 && rtt < 1.0, "a round-trip time of {rtt} s");
         // Neither addresses nor names of containers are exported.
         for container in &containers {
-            ensure!(
-                !text.contains(&container.address().to_string()),
-                "a container address is exported"
-            );
+            ensure!(!text.contains(&container.address().to_string()), "an address is exported");
         }
 
         let (code, text) = a.request("GET", "/v1/metrics", "")?;

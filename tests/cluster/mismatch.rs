@@ -124,8 +124,8 @@ fn different_ranges_are_reported_on_both_sides_and_the_advice_helps() -> Result<
         start(b, "2", TOKEN, &["--range", "10.44.0.0/14", "host1"])?;
         start(c, "3", TOKEN, &["--subnet", "172.16.0.0/12", "--range", "172.24.0.0/13", "host1"])?;
         let usual = "subnet 10.32.0.0/12 and range 10.40.0.0/13";
-        let advice = "run `overnode reset` on the node with the wrong ones, then launch it with the right \
-                      --subnet and --range";
+        let advice = "run `overnode reset` on the node with the wrong ones, then launch it with \
+                      the right --subnet and --range";
         for (host, name, network) in [
             (b, "node 2 (host2)", "subnet 10.32.0.0/12 and range 10.44.0.0/14"),
             (c, "node 3 (host3)", "subnet 172.16.0.0/12 and range 172.24.0.0/13"),

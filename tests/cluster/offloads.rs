@@ -71,7 +71,7 @@ fn every_combination(builder: lab::Builder) -> Result<()> {
     in_lab(builder.hosts(2), |lab| {
         launch_all(lab)?;
         let one = attached(lab.host(1), "one")?;
-        let neighbor = attached(lab.host(1), "neighbour")?;
+        let neighbor = attached(lab.host(1), "neighbor")?;
         let far = attached(lab.host(2), "far")?;
         one.reach(far.address(), TIMEOUT)?;
         for combination in 0..1 << FEATURES.len() {

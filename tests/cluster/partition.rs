@@ -36,8 +36,8 @@ fn ensure_truthful(members: &[Member<'_>]) -> Result<()> {
         let status = member.host.status()?;
         for other in members.iter().filter(|other| other.id != member.id) {
             let peer = list(&status, "peers")?.iter().find(|peer| peer["id"] == other.id);
-            let peer = peer
-                .with_context(|| format!("node {} no longer knows node {}", member.id, other.id))?;
+            let peer =
+                peer.with_context(|| format!("node {} lost node {}", member.id, other.id))?;
             let is_near = member.half == other.half;
             let route = &peer["data"]["route"]["path"];
             ensure!(

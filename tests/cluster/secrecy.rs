@@ -164,10 +164,8 @@ fn without_their_programs_containers_reach_nothing() -> Result<()> {
             a.netns()
                 .run("nft", &["add", "rule", "inet", "taken", hook, "iifname", "ov*", "counter"])?;
         }
-        let host_end = a.status()?["endpoints"][0]["interface"]
-            .as_str()
-            .expect("the interface on the host")
-            .to_owned();
+        let host_end =
+            a.status()?["endpoints"][0]["interface"].as_str().expect("an interface").to_owned();
         // All packets of the container go to the host end, whose MAC address is known from ARP.
         one.run("ip", &["route", "add", "default", "via", &two.address().to_string()])?;
         let far = two.address().to_string();

@@ -72,7 +72,7 @@ fn scene(lab: &Lab) -> Result<Scene> {
     launch_all(lab)?;
     let scene = Scene {
         thief: attached(lab.host(1), "thief")?,
-        neighbor: attached(lab.host(1), "neighbour")?,
+        neighbor: attached(lab.host(1), "neighbor")?,
         far: attached(lab.host(2), "far")?,
     };
     for other in [&scene.neighbor, &scene.far] {
@@ -112,11 +112,7 @@ fn ensure_dropped(
         ensure!(arrived == 0, "{arrived} forged packets arrived");
     }
     let counted = counter(lab.host(1), reason)? - before;
-    ensure!(
-        counted >= 2 * EACH as u64,
-        "only {counted} of {} packets are counted as {reason}",
-        2 * EACH
-    );
+    ensure!(counted >= 2 * EACH as u64, "only {counted} of {} are counted as {reason}", 2 * EACH);
     Ok(())
 }
 

@@ -15,7 +15,7 @@ const CLIENTS: usize = 4;
 #[test]
 fn many_podman_containers_come_and_go_on_both_hosts() -> Result<()> {
     let count = match std::env::var("OVERNODE_PODMAN_CONTAINERS") {
-        Ok(text) => text.parse().context("OVERNODE_PODMAN_CONTAINERS is no number")?,
+        Ok(text) => text.parse().context("OVERNODE_PODMAN_CONTAINERS is not a number")?,
         Err(_) => CONTAINERS,
     };
     with_podmans("cni-many", |lab, one, two| {
@@ -34,12 +34,13 @@ fn many_podman_containers_come_and_go_on_both_hosts() -> Result<()> {
         }
         addresses.sort();
         addresses.dedup();
-        ensure!(addresses.len() == 2 * count, "addresses were given twice");
+        ensure!(addresses.len() == 2 * count, "some addresses were given twice");
         let removed = both(one, two, |podman| remove(podman, count))?;
         lab.hosts().iter().try_for_each(nothing_left)?;
         for (index, host) in lab.hosts().iter().enumerate() {
             println!(
-                "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on podman's bridge, {:.0} ms with overnode chained after it; removed in {:.0} ms each",
+                "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on podman's bridge, \
+                 {:.0} ms with overnode chained after it; removed in {:.0} ms each",
                 host.name,
                 milliseconds_each(without[index], count),
                 milliseconds_each(with[index], count),

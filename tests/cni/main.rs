@@ -1,7 +1,11 @@
 //! Tests of `overnode-cni` as container runtimes run it: by hand, and by real podman together with
 //! the stock plugins.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "figures, and what nodes logged")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "measurements and the logs of the nodes"
+)]
 
 mod load;
 mod plugin;

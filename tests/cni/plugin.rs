@@ -84,8 +84,8 @@ impl<'a> Call<'a> {
 
 /// Returns the first object extended by the keys of the second.
 pub fn extended(base: &Value, more: &Value) -> Result<Value> {
-    let mut base = base.as_object().context("no object")?.clone();
-    base.extend(more.as_object().context("no object")?.clone());
+    let mut base = base.as_object().context("not a JSON object")?.clone();
+    base.extend(more.as_object().context("not a JSON object")?.clone());
     Ok(Value::Object(base))
 }
 
@@ -168,7 +168,7 @@ fn attachments_can_be_added_checked_and_deleted() -> Result<()> {
     call.done("DEL", &none)?;
     ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
     ensure!(!a.run("ip", &["link"])?.contains("eth0"));
-    ensure!(a.run("ip", &["rule"])?.lines().count() == 3, "rules are left");
+    ensure!(a.run("ip", &["rule"])?.lines().count() == 3, "routing rules are left");
 
     // An existing interface with the requested name is an error and is not changed.
     a.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "mine"])?;
@@ -220,13 +220,13 @@ fn garbage_collection_affects_only_one_network() -> Result<()> {
     let call = Call::new(host, keep);
     call.refused("GC", &json!({}), 7)?;
     let valid = json!({"cni.dev/valid-attachments": [{"containerID": "keep", "ifname": "eth0"}]});
-    ensure!(call.done("GC", &valid)? == Value::Null, "no output on success");
+    ensure!(call.done("GC", &valid)? == Value::Null, "GC must print nothing on success");
     let names: Vec<String> = endpoints(host)?.iter().map(|it| it["target"].to_string()).collect();
     ensure!(names.len() == 3 && !names.contains(&"\"stale\"".to_owned()), "{names:?}");
     call.done("GC", &json!({"cni.dev/valid-attachments": null}))?;
     ensure!(endpoints(host)?.len() == 2);
     call.done("GC", &json!({"name": "elsewhere", "cni.dev/valid-attachments": []}))?;
-    ensure!(endpoints(host)?.len() == 1, "what was attached by hand is no runtime's");
+    ensure!(endpoints(host)?.len() == 1, "GC must not remove what was attached by hand");
     Ok(())
 }
 
@@ -255,7 +255,7 @@ fn a_container_deleted_while_no_daemon_runs_is_not_attached_again() -> Result<()
         ensure!(left.is_empty(), "{left:?}");
         Ok(())
     })?;
-    ensure!(!a.run("ip", &["link"])?.contains("eth0"), "it was plugged in again");
+    ensure!(!a.run("ip", &["link"])?.contains("eth0"), "the container was attached again");
     call.done("ADD", &none)?;
     call.done("DEL", &none)?;
     Ok(())
@@ -337,7 +337,7 @@ fn a_full_disk_is_reported_and_nothing_is_lost() -> Result<()> {
         }
         added.push(container);
     }
-    let (said, container) = refusal.context("nothing was refused")?;
+    let (said, container) = refusal.context("no ADD was refused")?;
     ensure!(said.to_string().contains("disk is not full"), "{said}");
     let listed = endpoints(host)?;
     ensure!(listed.len() == before.len() + added.len(), "{} listed: {listed:?}", listed.len());

@@ -18,7 +18,7 @@ pub fn nothing_left(host: &Host) -> Result<()> {
         );
         let owners = status["ipam"]["owners"].as_array().into_iter().flatten();
         let active = owners.filter_map(|it| it["active"].as_u64()).next();
-        ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
+        ensure!(active == Some(0), "{} still has {active:?} addresses in use", host.name);
         let left = host.netns().interfaces()?.into_iter().find(|it| it.starts_with("veth"));
         ensure!(left.is_none(), "{left:?} is left");
         Ok(())
@@ -120,7 +120,7 @@ fn story(lab: &Lab, one: &Podman<'_>, two: &Podman<'_>) -> Result<()> {
     let running = two.run(&["ps", "--format", "{{.Names}}"])?.success()?;
     let mut running: Vec<&str> = running.lines().collect();
     running.sort_unstable();
-    ensure!(running == ["alone", "there"], "{running:?} run");
+    ensure!(running == ["alone", "there"], "the running containers are {running:?}");
     one.reach("here", "10.33.4.5", TIMEOUT)?;
     one.reach("here", &two.address("there")?, TIMEOUT)?;
     served_by_name()?;

@@ -53,7 +53,7 @@ fn this_plugin_works_with_the_stock_plugins_in_every_version() -> Result<()> {
             tuned["interfaces"][1]["name"] == "eth0" && tuned["ips"][0]["interface"] == 1,
             "{tuned}"
         );
-        ensure!(mtu(&container, "eth0")?.contains("mtu 1300"), "it was not tuned");
+        ensure!(mtu(&container, "eth0")?.contains("mtu 1300"), "the plugin `tuning` had no effect");
         container.run("ip", &["route", "add", "192.0.2.0/24", "dev", "eth0"])?;
         if has_check {
             call.done("CHECK", &of(json!({"prevResult": tuned}))?)?;
@@ -64,7 +64,8 @@ fn this_plugin_works_with_the_stock_plugins_in_every_version() -> Result<()> {
         // This plugin in the middle of a chain.
         let container = host.container(&format!("b{number}"))?;
         let call = Call::new(host, &container);
-        let ipam = json!({"type": "host-local", "subnet": "10.88.80.0/24", "dataDir": folder("host-local")});
+        let data = folder("host-local");
+        let ipam = json!({"type": "host-local", "subnet": "10.88.80.0/24", "dataDir": data});
         let first =
             of(json!({"type": "ptp", "ipam": ipam, "dns": {"nameservers": ["192.0.2.53"]}}))?;
         let ptp = call.stock("ptp", "ADD", &first)?;
@@ -93,7 +94,7 @@ fn this_plugin_works_with_the_stock_plugins_in_every_version() -> Result<()> {
         let left = container.run("ip", &["link"])?;
         ensure!(
             left.contains("eth0") && !left.contains("overnode0"),
-            "only this one's is deleted: {left}"
+            "DEL must remove only its own interface: {left}"
         );
         call.stock("ptp", "DEL", &with(&first, &last)?)?;
         ensure!(endpoints(host)?.is_empty(), "{version}: {:?}", endpoints(host)?);
@@ -115,7 +116,7 @@ fn taken_interface_names_and_disabled_interfaces_are_reported() -> Result<()> {
     call.done("DEL", &chained)?;
     ensure!(
         container.run("ip", &["link", "show", "overnode0"])?.contains("mine"),
-        "it was another's"
+        "DEL removed an interface that is not its own"
     );
     ensure!(endpoints(host)?.is_empty(), "{:?}", endpoints(host)?);
 
@@ -174,7 +175,7 @@ fn attachments_can_be_deleted_after_a_reboot() -> Result<()> {
     let made = json!({"prevResult": others.done("ADD", &none)?});
     ensure!(
         made["prevResult"]["ips"] != results[0]["prevResult"]["ips"],
-        "an address came back at once"
+        "a released address was given out at once"
     );
     call(0).done("DEL", &results[0])?;
     others.done("CHECK", &made)?;
@@ -218,7 +219,8 @@ fn relay(mut client: UnixStream, socket: &Path, refused: &str) -> io::Result<()>
     if text.starts_with("POST /v1/detach") && text.contains(refused) {
         let body = json!({"error": "its interface cannot be deleted: try again", "kind": "failed"})
             .to_string();
-        let head = "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nConnection: close";
+        let head = "HTTP/1.1 500 Internal Server Error\r\n\
+                    Content-Type: application/json\r\nConnection: close";
         return write!(client, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     }
     let mut node = UnixStream::connect(socket)?;
@@ -258,7 +260,7 @@ fn garbage_collection_continues_after_an_error() -> Result<()> {
                     Ok((client, _)) => {
                         let _ = client.set_nonblocking(false);
                         if let Err(why) = relay(client, &socket, "stale2") {
-                            eprintln!("not handed on: {why}");
+                            eprintln!("cannot forward a request: {why}");
                         }
                     }
                     Err(_) => std::thread::sleep(Duration::from_millis(10)),
@@ -300,11 +302,11 @@ fn exhausted_addresses_are_reported() -> Result<()> {
         let (success, said) = Call::new(host, &container).run("ADD", &none)?;
         if !success {
             ensure!(said["code"] == 11, "{said}");
-            ensure!(!container.run("ip", &["link"])?.contains("eth0"), "something is left");
+            ensure!(!container.run("ip", &["link"])?.contains("eth0"), "an interface is left");
             break container;
         }
         added.push(container);
-        ensure!(added.len() <= 16, "there are more addresses than there can be");
+        ensure!(added.len() <= 16, "more addresses were given out than the range has");
     };
     ensure!(!added.is_empty());
     let call = Call::new(host, &refused);
@@ -336,7 +338,12 @@ fn commands_need_few_variables_and_report_missing_input() -> Result<()> {
         Ok((output.status.success(), said))
     };
     let with = |conf: Value| format!("exec -a overnode-cni overnode <<< '{conf}'");
-    let conf = json!({"cniVersion": "1.1.0", "name": "net", "type": "overnode-cni", "cni.dev/valid-attachments": []});
+    let conf = json!({
+        "cniVersion": "1.1.0",
+        "name": "net",
+        "type": "overnode-cni",
+        "cni.dev/valid-attachments": [],
+    });
     for command in ["STATUS", "GC"] {
         ensure!(run(command, &with(conf.clone()))? == (true, Value::Null), "{command}");
     }

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => {
             println!(
-                "\nAll of it held. {:.1} s in all; nothing is left on this machine.",
+                "\nEvery claim held. {:.1} s in total; nothing is left on this machine.",
                 started.elapsed().as_secs_f32()
             );
             ExitCode::SUCCESS

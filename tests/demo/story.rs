@@ -79,7 +79,7 @@ impl<'a> Story<'a> {
     }
 
     fn attach(&mut self) -> Result<()> {
-        self.begin("plug two containers into each");
+        self.begin("attach two containers to each node");
         for host in self.lab.hosts() {
             for number in 1..=CONTAINERS_PER_HOST {
                 let container = host.container(&format!("c{number}"))?;
@@ -118,12 +118,12 @@ impl<'a> Story<'a> {
                 pairs += 1;
             }
         }
-        self.done(&format!("{pairs} pairs, no ping lost, slowest pair {slowest:.0} µs on average"));
+        self.done(&format!("{pairs} pairs, no ping lost, slowest average {slowest:.0} µs"));
         Ok(())
     }
 
     fn show_status(&mut self) -> Result<()> {
-        self.begin("what the nodes tell");
+        self.begin("what the nodes report");
         for section in ["--targets", "--peers", "--connections", "--endpoints"] {
             let table = overnode(self.lab.host(1), &["status", section])?;
             println!("{}", indent(&table));
@@ -139,7 +139,7 @@ impl<'a> Story<'a> {
         self.begin("send 32 MB over TCP from host1 to host2 while the underlay is captured");
         let received =
             flow::tcp(&self.containers[0], &self.containers[2], Amount::Bytes(32_000_000))?;
-        self.done(&format!("{} bytes, each as sent", received.bytes));
+        self.done(&format!("{} bytes, all unchanged", received.bytes));
         Ok(())
     }
 
@@ -149,7 +149,7 @@ impl<'a> Story<'a> {
         let captured = capture.stop()?;
         ensure!(
             captured.missed == 0,
-            "the capture misses {} packets: it proves nothing",
+            "the capture missed {} packets, so it proves nothing",
             captured.missed
         );
         let packets = captured.packets()?;
@@ -166,7 +166,7 @@ impl<'a> Story<'a> {
             "{handshakes} WireGuard handshake messages and {data} data messages (UDP 6784)"
         ));
         say(&format!(
-            "{} other packets: ARP, IPv6 neighbours",
+            "{} other packets: ARP, IPv6 neighbor discovery",
             packets.len() - control - handshakes - data
         ));
         ensure!(control > 0, "no control connection was seen on the underlay");
@@ -177,7 +177,7 @@ impl<'a> Story<'a> {
         self.containers[0].ping(self.containers[2].address(), 5, MILLISECOND)?;
         let inside = inside.stop()?;
         let seen = inside.containing(&MARKER)?.len();
-        ensure!(seen >= 10, "the pattern was not even found inside the container");
+        ensure!(seen >= 10, "the search does not find the pattern inside the container");
         let found = captured.containing(&MARKER)?.len();
         ensure!(found == 0, "{found} packets on the underlay show the containers' payload");
         self.done(&format!(
@@ -189,7 +189,7 @@ impl<'a> Story<'a> {
     }
 
     fn measure(&mut self) -> Result<()> {
-        self.begin("the same transfer without the capture, for two seconds");
+        self.begin("repeat the transfer without the capture for two seconds");
         let received = flow::tcp(
             &self.containers[0],
             &self.containers[2],
@@ -219,7 +219,7 @@ impl<'a> Story<'a> {
             "{} MB arrived while no daemon ran",
             (transfer.progress() - before) / 1_000_000
         ));
-        ensure!(host.daemon_pid().is_none(), "a daemon runs although nobody started one");
+        ensure!(host.daemon_pid().is_none(), "a daemon runs although none was started");
         overnode(host, &["resume"])?;
         eventually(TIMEOUT, || {
             let status = host.status()?;
@@ -231,7 +231,7 @@ impl<'a> Story<'a> {
         let received = transfer.stop()?;
         ensure!(stats.lost() == 0, "{} of {} pings were lost", stats.lost(), stats.sent);
         self.done(&format!(
-            "{} of {} pings answered; {} MB, each byte as sent; longest pause {} ms",
+            "{} of {} pings answered; {} MB, all unchanged; longest pause {} ms",
             stats.received,
             stats.sent,
             received.bytes / 1_000_000,

@@ -168,9 +168,12 @@ fn a_cut_off_containers_packets_do_not_leave_by_the_engines_gateway() -> Result<
 }
 
 fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
-    let of_ours = |ip: std::net::IpAddr| matches!(ip, std::net::IpAddr::V4(v4) if v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]));
+    let of_ours = |ip: std::net::IpAddr| {
+        let std::net::IpAddr::V4(v4) = ip else { return false };
+        v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1])
+    };
     let bare =
         captured.count(|packet| packet.ip.is_some_and(|ip| of_ours(ip.from) || of_ours(ip.to)))?;
-    ensure!(bare == 0, "{bare} packets of containers travel without their sealed cover");
+    ensure!(bare == 0, "{bare} packets of containers are unencrypted on the underlay");
     Ok(())
 }

@@ -56,7 +56,8 @@ fn an_engine_that_is_too_old_is_reported() -> Result<()> {
                 let length = body.len();
                 let _ = write!(
                     stream,
-                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\
+                     Connection: close\r\nContent-Length: {length}\r\n\r\n{body}"
                 );
             }
         });
@@ -77,7 +78,10 @@ fn an_engine_that_is_too_old_is_reported() -> Result<()> {
         told
     })?;
     drop(listener);
-    ensure!(!asked_to_create.load(Ordering::Relaxed), "it was asked for the network all the same");
+    ensure!(
+        !asked_to_create.load(Ordering::Relaxed),
+        "the node asked the old engine for the network"
+    );
     std::fs::remove_file(engine.socket())?;
     engine.start()?;
     eventually(TIMEOUT, || {

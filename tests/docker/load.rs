@@ -15,7 +15,7 @@ const CLIENTS: usize = 8;
 #[test]
 fn many_containers_come_and_go_on_both_hosts() -> Result<()> {
     let count = match std::env::var("OVERNODE_DOCKER_CONTAINERS") {
-        Ok(text) => text.parse().context("OVERNODE_DOCKER_CONTAINERS is no number")?,
+        Ok(text) => text.parse().context("OVERNODE_DOCKER_CONTAINERS is not a number")?,
         Err(_) => CONTAINERS,
     };
     with_engines("docker-many", 2, |lab, engines| {
@@ -34,14 +34,15 @@ fn many_containers_come_and_go_on_both_hosts() -> Result<()> {
         }
         addresses.sort();
         addresses.dedup();
-        ensure!(addresses.len() == 2 * count, "addresses were given twice");
+        ensure!(addresses.len() == 2 * count, "some addresses were given twice");
         let removed = both(one, two, |engine| remove(engine, count))?;
         lab.hosts().iter().try_for_each(nothing_left)?;
         for (host, ((without, with), removed)) in
             lab.hosts().iter().zip(without.iter().zip(with).zip(removed))
         {
             println!(
-                "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on Docker's bridge, {:.0} ms on overnode; removed in {:.0} ms each",
+                "{}: {count} containers, {CLIENTS} at a time: {:.0} ms each on Docker's bridge, \
+                 {:.0} ms on overnode; removed in {:.0} ms each",
                 host.name,
                 milliseconds_each(*without, count),
                 milliseconds_each(with, count),

@@ -4,7 +4,7 @@
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "measurements, and what nodes and engines logged"
+    reason = "measurements and the logs of nodes and engines"
 )]
 
 mod failures;
@@ -48,7 +48,7 @@ fn containers_of_two_engines_talk() -> Result<()> {
         let captured = capture.stop()?;
         ensure!(
             captured.containing(b"overnode-echo")?.is_empty(),
-            "what containers say can be read underway"
+            "the containers' payload is readable on the underlay"
         );
 
         let listed = endpoint(lab.host(1), "here")?;
@@ -110,7 +110,7 @@ fn static_addresses_ports_and_further_networks_work() -> Result<()> {
         let [one, two] = engines else { unreachable!() };
         let says_no = |engine: &Engine<'_>, words: &[&str], why: &str| -> Result<()> {
             let outcome = engine.docker(words)?;
-            ensure!(!outcome.status.success(), "`{}` was done", outcome.command);
+            ensure!(!outcome.status.success(), "`{}` succeeded", outcome.command);
             ensure!(outcome.stderr.contains(why), "`{}` says: {}", outcome.command, outcome.stderr);
             Ok(())
         };
@@ -220,8 +220,20 @@ fn compose_services_of_two_hosts_reach_each_other() -> Result<()> {
         let web = file(
             "web.yml",
             &[
-                service("web", "    command: [/bin/nc, -ll, -p, \"80\", -e, /bin/cat]\n    networks: {default: {ipv4_address: 10.35.0.80}}\n"),
-                service("beside", "    command: [/bin/sleep, \"100000\"]\n    networks: {default: {aliases: [neighbour]}}\n"),
+                service(
+                    "web",
+                    concat!(
+                        "    command: [/bin/nc, -ll, -p, \"80\", -e, /bin/cat]\n",
+                        "    networks: {default: {ipv4_address: 10.35.0.80}}\n"
+                    ),
+                ),
+                service(
+                    "beside",
+                    concat!(
+                        "    command: [/bin/sleep, \"100000\"]\n",
+                        "    networks: {default: {aliases: [neighbor]}}\n"
+                    ),
+                ),
             ]
             .concat(),
         )?;
@@ -245,7 +257,7 @@ fn compose_services_of_two_hosts_reach_each_other() -> Result<()> {
             compose(one, &web, &["exec", "-T", "web", "ping", "-c", "1", "-W", "2", name])
         };
         find("beside")?;
-        find("neighbour")?;
+        find("neighbor")?;
         let names: Vec<String> = endpoints(lab.host(1))?
             .iter()
             .map(|it| it["name"].as_str().map(str::to_owned).context("an endpoint has no name"))

@@ -29,10 +29,7 @@ impl Plugin<'_> {
             found == code && said.contains(why),
             "{method}: {found} {answer}, instead of {code} and {why:?}"
         );
-        ensure!(
-            answer["Error"] == answer["Err"],
-            "the address driver's errors have another name: {answer}"
-        );
+        ensure!(answer["Error"] == answer["Err"], "`Error` and `Err` differ: {answer}");
         Ok(())
     }
 
@@ -46,7 +43,12 @@ impl Plugin<'_> {
 }
 
 fn endpoint(id: &str, address: &str) -> Value {
-    json!({"NetworkID": NETWORK, "EndpointID": id, "Options": {}, "Interface": {"Address": address, "AddressIPv6": "", "MacAddress": ""}})
+    json!({
+        "NetworkID": NETWORK,
+        "EndpointID": id,
+        "Options": {},
+        "Interface": {"Address": address, "AddressIPv6": "", "MacAddress": ""},
+    })
 }
 
 #[test]
@@ -85,8 +87,19 @@ fn impossible_requests_are_refused_and_leave_nothing() -> Result<()> {
     plugin.refused("IpamDriver.RequestPool", &deep, 400, "JSON")?;
 
     // Impossible networks.
-    let pool = |pool: &str| json!([{"AddressSpace": "overnode", "Pool": pool, "Gateway": null, "AuxAddresses": null}]);
-    let network = |id: &str, v4: Value, v6: Value| json!({"NetworkID": id, "IPv4Data": v4, "IPv6Data": v6, "Options": null});
+    let pool = |pool: &str| {
+        json!([
+            {"AddressSpace": "overnode", "Pool": pool, "Gateway": null, "AuxAddresses": null}
+        ])
+    };
+    let network = |id: &str, v4: Value, v6: Value| {
+        json!({
+            "NetworkID": id,
+            "IPv4Data": v4,
+            "IPv6Data": v6,
+            "Options": null,
+        })
+    };
     let create = |v4, v6| network(NETWORK, v4, v6).to_string();
     plugin.refused(
         "NetworkDriver.CreateNetwork",
@@ -200,7 +213,14 @@ fn impossible_requests_are_refused_and_leave_nothing() -> Result<()> {
 
     // The engine may repeat a join because it missed the reply. A second overnode endpoint in the
     // same container is refused.
-    let join = |id: &str| json!({"NetworkID": NETWORK, "EndpointID": id, "SandboxKey": SANDBOX, "Options": null});
+    let join = |id: &str| {
+        json!({
+            "NetworkID": NETWORK,
+            "EndpointID": id,
+            "SandboxKey": SANDBOX,
+            "Options": null,
+        })
+    };
     let joined = plugin.done("NetworkDriver.Join", &join("e1"))?;
     ensure!(joined["InterfaceName"]["DstPrefix"] == "overnode", "{joined}");
     ensure!(joined == plugin.done("NetworkDriver.Join", &join("e1"))?);

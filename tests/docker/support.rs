@@ -73,7 +73,7 @@ pub fn nothing_left(host: &Host) -> Result<()> {
             .into_iter()
             .flatten()
             .find_map(|it| it["active"].as_u64());
-        ensure!(active == Some(0), "{} still has {active:?} addresses given out", host.name);
+        ensure!(active == Some(0), "{} still has {active:?} addresses in use", host.name);
         let interfaces = host.netns().interfaces()?;
         // The interface of the name server stays while the node runs.
         let dns = status["dns"]["address"]

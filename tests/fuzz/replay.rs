@@ -21,7 +21,7 @@ fn every_seed_and_every_regression_passes() {
         let mut seeds = 0;
         for folder in ["corpus", "regressions"] {
             for file in files(&folder_of(folder).join(target.name)) {
-                let bytes = fs::read(&file).expect("a file that was listed");
+                let bytes = fs::read(&file).expect("a listed file");
                 let started = Instant::now();
                 if let Err(panic) = std::panic::catch_unwind(|| (target.body)(&bytes)) {
                     let _ = writeln!(std::io::stderr(), "{} panics", file.display());
@@ -50,7 +50,7 @@ fn the_seed_files_are_current() {
         if std::env::var_os("OVERNODE_WRITE_SEEDS").is_some() {
             fs::create_dir_all(&folder).expect("a folder for seeds");
             for file in files(&folder) {
-                fs::remove_file(file).expect("a file that was listed");
+                fs::remove_file(file).expect("a listed file");
             }
             for (name, bytes) in &made {
                 fs::write(folder.join(name), bytes).expect("a file for a seed");
@@ -59,12 +59,8 @@ fn the_seed_files_are_current() {
         let kept: BTreeSet<_> = files(&folder)
             .into_iter()
             .map(|file| {
-                let name = file
-                    .file_name()
-                    .expect("a file that was listed")
-                    .to_string_lossy()
-                    .into_owned();
-                (name, fs::read(&file).expect("a file that was listed"))
+                let name = file.file_name().expect("a listed file").to_string_lossy().into_owned();
+                (name, fs::read(&file).expect("a listed file"))
             })
             .collect();
         let made: BTreeSet<_> =

@@ -105,7 +105,7 @@ fn a_different_preshared_key_lets_nothing_through() -> Result<()> {
     ensure!(pings.received == 0, "{pings:?}");
     ensure!(
         meeting.device.peer()?.handshake_age.is_none(),
-        "a handshake ended under different keys"
+        "a handshake succeeded with different preshared keys"
     );
     ensure!(
         meeting.count("opened")? == 0 && meeting.count("sealed")? == 0,
@@ -126,7 +126,7 @@ fn a_peer_cannot_send_from_addresses_that_are_not_its_own() -> Result<()> {
         ping.args(["-n", "-c", "5", "-i", "0.1", "-W", "1", "-I", foreign, &inside]).output()?;
     ensure!(
         output.status.code() == Some(1),
-        "answers to {foreign}: {}",
+        "pings from {foreign} were answered: {}",
         String::from_utf8_lossy(&output.stdout)
     );
     ensure!(meeting.count("foreign-source")? == 5, "{}", meeting.counters()?);
@@ -158,7 +158,7 @@ fn a_removed_peer_is_a_stranger() -> Result<()> {
     ensure!(meeting.count("sealed")? == sealed, "{}", meeting.counters()?);
     ensure!(
         capture.stop()?.containing(&flow::MARKER)?.is_empty(),
-        "a ping left the host in the clear"
+        "an unencrypted ping left the host"
     );
     Ok(())
 }
@@ -181,14 +181,14 @@ fn rekeying_loses_no_packet() -> Result<()> {
         }
         let age = meeting.device.peer()?.handshake_age.context("no handshake")?;
         let took = started.elapsed();
-        ensure!(age < took, "no new keys in {took:?}: the last handshake is {age:?} old");
+        ensure!(age < took, "no rekey within {took:?}: the last handshake is {age:?} old");
         Ok(())
     };
     thread::scope(|scope| {
         let mut watches = Vec::new();
         for stock in Stock::ALL {
             for begins in [Begins::Stock, Begins::Node] {
-                let name = format!("{stock}, {begins:?} begins");
+                let name = format!("{stock}, {begins:?} initiates");
                 watches.push((name, scope.spawn(move || watch(stock, begins))));
             }
         }
@@ -197,7 +197,7 @@ fn rekeying_loses_no_packet() -> Result<()> {
             match watch.join() {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => failures.push(format!("{name}: {error:#}")),
-                Err(_) => failures.push(format!("{name}: a panic")),
+                Err(_) => failures.push(format!("{name}: the thread panicked")),
             }
         }
         if failures.is_empty() { Ok(()) } else { Err(anyhow!("{}", failures.join("; "))) }

@@ -65,7 +65,7 @@ impl Plan {
     /// # Errors
     /// When a program is missing or fails.
     pub fn hold(self) -> Result<Meeting> {
-        let name = format!("{}, {:?} begins", self.stock, self.begins);
+        let name = format!("{}, {:?} initiates", self.stock, self.begins);
         self.try_to_hold().with_context(|| name)
     }
 
@@ -172,7 +172,7 @@ impl Meeting {
                 self.node().log()
             )
         })?;
-        ensure!(self.device.peer()?.handshake_age.is_some(), "pings pass without a handshake");
+        ensure!(self.device.peer()?.handshake_age.is_some(), "pings passed without a handshake");
         Ok(())
     }
 
@@ -205,11 +205,11 @@ impl Meeting {
         let captured = capture.stop()?;
         ensure!(
             captured.count(|packet| !packet.bytes.is_empty())? > 2000,
-            "the capture is not of this traffic"
+            "the capture does not show this traffic"
         );
         ensure!(
             captured.missed == 0 && captured.containing(&flow::MARKER)?.is_empty(),
-            "pings in the clear"
+            "the capture shows unencrypted pings"
         );
         for (from, to) in [(&self.inside, &self.outside), (&self.outside, &self.inside)] {
             let received = flow::tcp(from, to, Amount::Bytes(BYTES))

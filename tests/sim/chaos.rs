@@ -62,7 +62,7 @@ impl World {
         // they hold.
         let Some(node) = self.node(id) else { return };
         if own_free && node.waiting.contains_key(&request) {
-            self.violate(format!("{id} has free addresses and lets a container wait"));
+            self.violate(format!("{id} has free addresses but lets a container wait"));
         }
     }
 
@@ -283,7 +283,7 @@ impl World {
         let Some(node) = self.node(id).filter(|node| !node.leaving) else { return };
         let outcome = node.ipam.reclaim(of, now);
         self.counts.reclaims += 1;
-        self.log(|| format!("{id} is told to reclaim {of}: {outcome:?}"));
+        self.log(|| format!("{id} is asked to reclaim {of}: {outcome:?}"));
         self.pump(id);
     }
 

@@ -15,11 +15,13 @@ impl World {
         let living: BTreeSet<NodeId> =
             self.hosts.iter().filter(|(_, host)| !host.is_dead).map(|(id, _)| *id).collect();
         for id in &living {
-            let Some(node) = &self.hosts[id].node else { return Err(format!("{id} does not run")) };
+            let Some(node) = &self.hosts[id].node else {
+                return Err(format!("{id} is not running"));
+            };
             for other in living.iter().filter(|other| *other != id) {
                 let truth = self.hosts[other].node.as_ref().map(|other| other.gossip.own());
                 if node.gossip.record(*other) != truth {
-                    return Err(format!("{id} does not know the latest of {other}"));
+                    return Err(format!("{id} does not have the latest record of {other}"));
                 }
                 if !node.paths.contains_key(other) {
                     return Err(format!("{id} does not reach {other}"));
@@ -31,7 +33,7 @@ impl World {
                 self.liar.is_some() && *what == "borrowers have not reported what they hold"
             };
             if !self.is_liar(*id) && !node.ipam.pending().iter().all(is_liars) {
-                return Err(format!("{id} is not done: {:?}", node.ipam.pending()));
+                return Err(format!("{id} has pending work: {:?}", node.ipam.pending()));
             }
         }
         self.check_statics(&living)?;
@@ -61,14 +63,14 @@ impl World {
                 continue;
             }
             let [lender] = lenders[..] else {
-                return Err(format!("quarter {quarter} is lent by {lenders:?}"));
+                return Err(format!("the lenders of quarter {quarter} are {lenders:?}"));
             };
             let Some(node) = &self.hosts[lender].node else { continue };
             for (_, loans) in node.ipam.ledger().filter(|(of, _)| *of == quarter) {
                 for (borrower, blocks) in loans {
                     if !living.contains(&borrower) {
                         return Err(format!(
-                            "{lender} has lent {blocks:?} to {borrower}, which is gone"
+                            "{lender} still lends {blocks:?} to {borrower}, which is gone"
                         ));
                     }
                     lent.entry(borrower).or_default().extend(blocks);
@@ -80,7 +82,7 @@ impl World {
             let held: BTreeSet<IpNet> = node.ipam.held().collect();
             let lent = lent.remove(id).unwrap_or_default();
             if held != lent {
-                return Err(format!("{id} holds {held:?}, and was lent {lent:?}"));
+                return Err(format!("{id} holds {held:?} but was lent {lent:?}"));
             }
             if node.ipam.lost().next().is_some() {
                 return Err(format!(

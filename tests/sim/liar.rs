@@ -265,9 +265,7 @@ impl World {
                         host.routed.insert(*address, *owner);
                     }
                 } else if wrong.is_some() && host.routed.get(address) == Some(owner) && is_near {
-                    violations.push(format!(
-                        "{id} sends to the liar {liar} what is for {address} of {owner}"
-                    ));
+                    violations.push(format!("{id} routes {address} of {owner} to the liar {liar}"));
                 } else if wrong.is_some() {
                     self.counts.lost_races += 1;
                 }

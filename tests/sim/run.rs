@@ -106,9 +106,9 @@ pub fn many(seeds: Range<u64>, nodes: u16) -> bool {
     println!("partitions   {}", counts.partitions);
     println!("crashes      {}", counts.crashes);
     println!("resets       {}", counts.resets);
-    println!("reclaims     {}, {} of nodes that live", counts.reclaims, counts.reclaimed_alive);
+    println!("reclaims     {}, {} of live nodes", counts.reclaims, counts.reclaimed_alive);
     println!(
-        "lies         {}, {} looks at addresses that the liar had first",
+        "lies         {}, {} sightings of addresses that the liar announced first",
         counts.lies, counts.lost_races
     );
     println!("attaches     {}, {} refused", counts.attaches, counts.refused);

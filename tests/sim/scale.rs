@@ -48,7 +48,8 @@ pub fn table(sizes: &[u16], is_full: bool) -> bool {
     for size in sizes {
         let row = measure(*size, is_full || *size <= FULL_MESH);
         println!(
-            "{:>6} {:>10.2} s {:>10.2} s {:>10.2} s {:>14.1} {:>14.0} {:>8.1} MiB {:>9.3} ms {:>6.0} s",
+            "{:>6} {:>10.2} s {:>10.2} s {:>10.2} s {:>14.1} {:>14.0} \
+             {:>8.1} MiB {:>9.3} ms {:>6.0} s",
             row.nodes,
             row.cold.as_secs_f64(),
             row.primed.as_secs_f64(),
@@ -62,12 +63,13 @@ pub fn table(sizes: &[u16], is_full: bool) -> bool {
         rows.push(row);
     }
     println!(
-        "messages and bytes: sent by one node, idle, without the probes of paths; memory: of one node; paths: the time of a core to find \
-         all of them once"
+        "messages and bytes: sent by one idle node, without path probes; \
+         memory: of one node; paths: CPU time to compute all of them once"
     );
     if !is_full {
         println!(
-            "up to {FULL_MESH} nodes, all are connected with all; beyond, each with the IDs 1 to 4 and {LINKS} others"
+            "up to {FULL_MESH} nodes form a full mesh; in larger clusters, each node connects to \
+             IDs 1 to 4 and {LINKS} others"
         );
     }
     let linear = rows.windows(2).all(|pair| {
@@ -125,12 +127,12 @@ fn measure(nodes: u16, is_full: bool) -> Row {
     }
     for _ in 0..30 {
         world.run(Duration::from_secs(1));
-        progress.show("coming to rest", &world);
+        progress.show("settling", &world);
     }
     let change = one_change(&mut world);
     for _ in 0..60 {
         world.run(Duration::from_secs(1));
-        progress.show("coming to rest", &world);
+        progress.show("settling", &world);
     }
     let before = world.traffic;
     for _ in 0..300 {
@@ -140,17 +142,17 @@ fn measure(nodes: u16, is_full: bool) -> Row {
     let minutes = 5.0 * f64::from(nodes);
     let traffic = world.traffic;
     let last = ids[ids.len() - 1];
-    let node = world.node(last).expect("it runs");
+    let node = world.node(last).expect("the last node runs");
     assert_eq!(
         node.gossip.paths().len(),
         usize::from(nodes) - 1,
-        "the last node reaches all others"
+        "the last node does not reach all others"
     );
     // Unlike paths, branches are computed on each call, by the same graph traversal.
     let clock = Instant::now();
     let branches = node.gossip.branches(last).len();
     let paths = clock.elapsed();
-    assert!(branches > 0, "it has neighbours");
+    assert!(branches > 0, "the last node has no neighbors");
     Row {
         nodes,
         cold: cold.unwrap_or(Duration::MAX),

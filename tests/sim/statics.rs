@@ -28,9 +28,7 @@ impl World {
             };
             let keepers: Vec<_> = ids.iter().filter(announces).collect();
             if keepers.len() != 1 {
-                return Err(format!(
-                    "{address} is in use on {ids:?}, and announced by {keepers:?}"
-                ));
+                return Err(format!("{address} is in use on {ids:?} but announced by {keepers:?}"));
             }
         }
         Ok(())

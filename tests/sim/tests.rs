@@ -1,7 +1,7 @@
 //! Simulates attacks on the address allocation, as many as there is time for on each change. Also
 //! checks that the attacks find allocations that are broken on purpose.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "failing seeds are for people")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "prints failing seeds")]
 
 mod chaos;
 mod check;
@@ -37,21 +37,21 @@ fn one_thousand_runs_of_nine_nodes_pass() {
         (counts.granted, "granted addresses"),
         (counts.lies, "lies"),
     ] {
-        assert!(count > 1000, "the attack is weak: {count} {what}");
+        assert!(count > 1000, "the attack is weak: only {count} {what}");
     }
     let reclaimed_alive = counts.reclaimed_alive;
     assert!(
         reclaimed_alive > 20,
-        "the attack is weak: {reclaimed_alive} nodes were taken back that live"
+        "the attack is weak: only {reclaimed_alive} live nodes were reclaimed"
     );
 }
 
 fn assert_found(sabotage: Sabotage) {
     let outcome = run::all(0..500, 9, sabotage, 1, false);
-    assert!(!outcome.failures.is_empty(), "{sabotage:?} was not found in {} lives", outcome.seeds);
+    assert!(!outcome.failures.is_empty(), "{sabotage:?} was not found in {} runs", outcome.seeds);
     let duplicates = outcome.counts.duplicates;
     println!(
-        "{sabotage:?}: found after {} lives, {duplicates} duplicates: {:?}",
+        "{sabotage:?}: found after {} runs, {duplicates} duplicates: {:?}",
         outcome.seeds, outcome.failures
     );
 }

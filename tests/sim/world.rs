@@ -401,7 +401,7 @@ impl World {
     }
 
     fn unblock(&mut self, fault: u64) {
-        self.log(|| format!("fault {fault} is over"));
+        self.log(|| format!("cut {fault} is over"));
         self.blocked.retain(|_, number| *number != fault);
         self.isolated.retain(|_, number| *number != fault);
     }
@@ -472,14 +472,14 @@ impl World {
         match payload {
             Payload::Gossip(bytes) => {
                 if let Err(error) = node.gossip.handle_message(from, &bytes, now) {
-                    self.violate(format!("{to} cannot read what {from} says: {error}"));
+                    self.violate(format!("{to} cannot decode a message of {from}: {error}"));
                 }
                 self.pump(to);
             }
             Payload::Sealed(bytes) => {
                 if let Err(error) = node.gossip.handle_routed(from, &bytes, now) {
                     self.violate(format!(
-                        "{to} cannot read the parcel that {from} passes on: {error}"
+                        "{to} cannot decode the routed message that {from} forwards: {error}"
                     ));
                 }
                 self.pump(to);
@@ -518,7 +518,7 @@ impl World {
         if let Err(error) = node.ipam.handle_message(from, body, now)
             && !self.is_liar(from)
         {
-            self.violate(format!("{to} cannot read what {from} sent: {error}"));
+            self.violate(format!("{to} cannot decode the body that {from} sent: {error}"));
         }
         self.pump(to);
     }
@@ -590,7 +590,7 @@ impl World {
         if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
             node.ipam.handle_timeout(now);
             if node.ipam.poll_timeout().is_some_and(|at| at <= now) {
-                self.violate(format!("the allocation of {id} does not do what is due"));
+                self.violate(format!("the allocation of {id} does not handle its timeout"));
             }
         }
         self.pump(id);
@@ -777,13 +777,13 @@ impl World {
             self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
         if may_lend && !self.is_another_reclaimed_alive(of) && self.settings.sabotage.is_checked() {
             self.violate(format!(
-                "the space of {of} is taken back while another node vouches for it"
+                "the space of {of} is reclaimed while another node vouches for it"
             ));
         }
         let is_excluded = !self.has_nothing_to_lose(of);
         self.reclaimed.insert(of, incarnation);
         if is_excluded {
-            self.log(|| format!("{of} is gone indeed"));
+            self.log(|| format!("{of} is now gone for good"));
             self.wipe(of);
             if let Some(host) = self.hosts.get_mut(&of) {
                 host.is_dead = true;
@@ -839,7 +839,7 @@ impl World {
                 let is_void = matches!(fact, Fact::Ledger { .. })
                     && (self.is_reclaimed_alive(*other) || self.is_reclaimed_alive(id));
                 if !is_void && disk.contradicts(fact) {
-                    violations.push(format!("{id} writes {fact:?}, which {other} has"));
+                    violations.push(format!("{id} writes {fact:?}, which {other} has on disk"));
                 }
             }
         }
@@ -864,7 +864,7 @@ impl World {
                 let owner = self.node(id).and_then(|node| node.waiting.remove(&request));
                 match owner {
                     Some(owner) => self.attach(id, address, owner),
-                    None => self.violate(format!("{id} answers a request that nobody made")),
+                    None => self.violate(format!("{id} answers an unknown request")),
                 }
             }
             ipam::Action::Failed { request, error } => {
@@ -918,11 +918,11 @@ impl World {
             self.violate(format!("{id} gives {address}, which is not on its disk"));
         }
         if !self.layout.is_usable(address) {
-            self.violate(format!("{id} gives {address}, which nobody may have"));
+            self.violate(format!("{id} gives {address}, which is not usable"));
         }
         if let Some(other) = self.used.insert(address, id) {
             self.counts.duplicates += 1;
-            self.violate(format!("{id} gives {address}, which {other} has given"));
+            self.violate(format!("{id} gives {address}, which {other} gave"));
         }
     }
 

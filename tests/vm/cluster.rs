@@ -40,7 +40,7 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
     });
     let containers: Vec<Container> = containers?;
     let [a, b, c] = &containers[..] else { unreachable!("three were attached") };
-    step("everyone reaches everyone", || {
+    step("all containers reach each other", || {
         [(a, b), (a, c), (c, b)].into_iter().try_for_each(|(one, other)| {
             one.reach(other.address(), TIMEOUT)?;
             pings_both_ways(one, other)
@@ -56,13 +56,11 @@ fn live(lab: &Lab, options: &[&str]) -> Result<()> {
         Ok(())
     })?;
     step("UDP of several lengths", || datagrams(a, c))?;
-    step("SIGKILL of each daemon under pings and TCP, and its return", || {
-        die_and_return(lab, a, c)
-    })?;
+    step("SIGKILL and restart of each daemon during pings and TCP", || die_and_return(lab, a, c))?;
     lab.hosts()
         .iter()
         .try_for_each(|host| ensure_no(host, &["forged", "replayed", "malformed", "offload"]))?;
-    step("no place of a checksum makes a container another one", || {
+    step("no checksum position allows impersonation", || {
         [c, b].into_iter().try_for_each(|to| forge(a, b, to))
     })?;
     step("reset", || lab.hosts().iter().try_for_each(reset))?;
@@ -118,14 +116,17 @@ fn forge(thief: &Container, victim: &Container, to: &Container) -> Result<()> {
                 offload.finish(&mut frame);
                 ensure!(
                     frame[raw::SOURCE..raw::SOURCE + 4] != raw::octets(victim.address()),
-                    "{} has sent as {}: {offload:?}",
+                    "{} impersonated {}: {offload:?}",
                     thief.name,
                     victim.name
                 );
                 arrived += 1;
             }
         }
-        ensure!(sent > 200 && arrived > 0 && arrived < sent, "{arrived} of {sent}, {len} bytes");
+        ensure!(
+            sent > 200 && arrived > 0 && arrived < sent,
+            "{arrived} of {sent} arrived with {len} bytes"
+        );
     }
     Ok(())
 }
@@ -138,7 +139,7 @@ fn die_and_return(lab: &Lab, from: &Container, to: &Container) -> Result<()> {
         stream.wait_for(SOME, TIMEOUT)?;
         host.kill_daemon()?;
         stream.wait_for(SOME, TIMEOUT)?;
-        ensure!(host.daemon_pid().is_none(), "a daemon runs that nobody started");
+        ensure!(host.daemon_pid().is_none(), "a daemon runs although none was started");
         host.overnode(&["resume"])?.success()?;
         eventually(TIMEOUT, || {
             let state = host.status()?["node"]["state"].clone();

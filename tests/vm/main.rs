@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         "cluster" => cluster::run(),
         "wireguard" => wireguard::run(),
         "rekey" => wireguard::rekey(),
-        _ => Err(anyhow!("name one: cluster, wireguard, rekey")),
+        _ => Err(anyhow!("name one test: cluster, wireguard or rekey")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -38,7 +38,8 @@ pub fn run() -> Result<()> {
         (Initiator::Kernel, Family::V6, true),
     ] {
         println!(
-            "the kernel's WireGuard; initiator: {initiator:?}, {family:?}, pre-shared key: {preshared}"
+            "the kernel's WireGuard; initiator: {initiator:?}, {family:?}, \
+             preshared key: {preshared}"
         );
         in_lab(Lab::new("kernel").family(family).entry(Entry::Setns), |lab| {
             talk(lab, initiator, preshared)
@@ -57,14 +58,14 @@ pub fn rekey() -> Result<()> {
         in_lab(plan, |lab| {
             let (inside, outside) = meet(lab, initiator, true)?;
             let first = handshake(lab.host(2))?;
-            step(&format!("new keys under pings; initiator: {initiator:?}"), || {
+            step(&format!("rekey during pings; initiator: {initiator:?}"), || {
                 let out = Pinging::start(inside.netns(), outside.address(), Some(PINGS), INTERVAL)?;
                 let back =
                     Pinging::start(outside.netns(), inside.address(), Some(PINGS), INTERVAL)?;
                 for pings in [out.finish()?, back.finish()?] {
                     ensure!(pings.lost() == 0 && pings.duplicates == 0, "{pings:?}");
                 }
-                ensure!(handshake(lab.host(2))? > first, "the keys are the old ones");
+                ensure!(handshake(lab.host(2))? > first, "no new handshake took place");
                 Ok(())
             })
         })
@@ -72,7 +73,9 @@ pub fn rekey() -> Result<()> {
     thread::scope(|scope| {
         let watches = [Initiator::Node, Initiator::Kernel]
             .map(|initiator| scope.spawn(move || watch(initiator)));
-        watches.into_iter().try_for_each(|watch| watch.join().map_err(|_| anyhow!("a panic"))?)
+        watches
+            .into_iter()
+            .try_for_each(|watch| watch.join().map_err(|_| anyhow!("a thread panicked"))?)
     })
 }
 
@@ -109,7 +112,7 @@ fn meet(lab: &Lab, initiator: Initiator, preshared: bool) -> Result<(Container, 
             Initiator::Node => inside.reach(outside.address(), TIMEOUT)?,
             Initiator::Kernel => outside.reach(inside.address(), TIMEOUT)?,
         }
-        ensure!(handshake(kernel)? > 0, "pings pass without a handshake");
+        ensure!(handshake(kernel)? > 0, "pings passed without a handshake");
         Ok(())
     })?;
     Ok((inside, outside))
@@ -187,7 +190,7 @@ fn wg(words: &[&str], input: &str) -> Result<String> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .context("wg cannot be started")?;
+        .context("cannot start wg")?;
     child.stdin.take().context("no pipe")?.write_all(input.as_bytes())?;
     let output = child.wait_with_output()?;
     ensure!(output.status.success(), "`wg {}` failed ({})", words.join(" "), output.status);

@@ -77,7 +77,7 @@ fn words(what: &EventKind) -> (Option<Tone>, &'static str, String) {
         EventKind::Detached(it) => (Tone::Wait, "detached", container(it)),
         EventKind::Gone(it) => (Tone::Wait, "gone", container(it)),
         EventKind::Problem { problem } => (Tone::Bad, "problem", problem.clone()),
-        EventKind::ProblemResolved { problem } => (Tone::Good, "problem over", problem.clone()),
+        EventKind::ProblemResolved { problem } => (Tone::Good, "problem resolved", problem.clone()),
         EventKind::Unknown => {
             (Tone::Plain, "unknown", "an event of a newer version: use --json to see it".to_owned())
         }

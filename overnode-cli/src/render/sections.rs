@@ -276,7 +276,10 @@ pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     for reclaim in &ipam.reclaims {
         let missing =
             reclaim.missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        facts.push(("reclaim", format!("of node {}: waiting for nodes {missing}", reclaim.id).into()));
+        facts.push((
+            "reclaim",
+            format!("of node {}: waiting for nodes {missing}", reclaim.id).into(),
+        ));
     }
     if detailed {
         facts

@@ -60,8 +60,8 @@ enum Fit {
 }
 
 impl Coalescer {
-    /// Creates an empty joiner. Set `coalesces_udp` only if the kernel behind the TAP device accepts
-    /// UDP super-packets.
+    /// Creates an empty joiner. Set `coalesces_udp` only if the kernel behind the TAP device
+    /// accepts UDP super-packets.
     pub fn new(coalesces_udp: bool) -> Self {
         let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
         let slot = |_| Slot {

@@ -134,7 +134,7 @@ impl WorkerSockets {
                         return Err(error).with_context(|| {
                             format!(
                                 "UDP port {BULK_PORT} cannot be opened: stop what uses it \
-                                     (`ss -lnup` shows it)"
+                                 (`ss -lnup` shows it)"
                             )
                         });
                     }

@@ -107,7 +107,7 @@ impl Batch {
     /// Adds a message of `len` bytes, which `write` writes. Call [`takes`](Self::takes) before.
     ///
     /// # Errors
-    /// Returns the error of `write`, or [`Reason::TooBig`] if there is no room. Nothing is added
+    /// Returns the error of `write`, or [`Reason::TooBigDropped`] if there is no room. Nothing is added
     /// then.
     pub fn add(
         &mut self,
@@ -116,7 +116,7 @@ impl Batch {
         write: impl FnOnce(&mut [u8]) -> Result<(), Reason>,
     ) -> Result<(), Reason> {
         let place = self.buffer.get_mut(self.used..).and_then(|rest| rest.get_mut(..len));
-        write(place.ok_or(Reason::TooBig)?)?;
+        write(place.ok_or(Reason::TooBigDropped)?)?;
         self.first.get_or_insert((*way, len));
         self.used += len;
         Ok(())
@@ -125,7 +125,7 @@ impl Batch {
     /// Sends the batch. It is empty afterwards, even on failure.
     ///
     /// # Errors
-    /// Returns [`Reason::TooBig`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any other
+    /// Returns [`Reason::TooBigDropped`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any other
     /// kernel error.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
@@ -141,7 +141,7 @@ impl Batch {
             src_ip: way.endpoint.local,
         };
         sockets.send(&transmit).map_err(|error| match error.raw_os_error() {
-            Some(libc::EMSGSIZE) => Reason::TooBig,
+            Some(libc::EMSGSIZE) => Reason::TooBigDropped,
             Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Reason::NoRoute,
             Some(_) | None => Reason::Helper,
         })
@@ -228,7 +228,7 @@ mod tests {
         let sockets = Sockets { v4: Some(Socket::new(socket()).unwrap()), v6: None };
         let most = sockets.most(way(1).endpoint.remote);
         let mut batch = Batch::new();
-        assert_eq!(batch.add(&way(1), BATCH_LEN + 1, |_| Ok(())), Err(Reason::TooBig));
+        assert_eq!(batch.add(&way(1), BATCH_LEN + 1, |_| Ok(())), Err(Reason::TooBigDropped));
         assert!(batch.takes(&sockets, &way(1), BATCH_LEN));
         batch.add(&way(1), 30_000, |_| Ok(())).unwrap();
         assert!(batch.takes(&sockets, &way(1), 30_000));
@@ -236,7 +236,7 @@ mod tests {
         batch.add(&way(1), 30_000, |_| Ok(())).unwrap();
         let rest = BATCH_LEN - 60_000;
         assert!(batch.takes(&sockets, &way(1), rest) && !batch.takes(&sockets, &way(1), rest + 1));
-        assert_eq!(batch.add(&way(1), rest + 1, |_| Ok(())), Err(Reason::TooBig));
+        assert_eq!(batch.add(&way(1), rest + 1, |_| Ok(())), Err(Reason::TooBigDropped));
 
         let mut batch = Batch::new();
         for _ in 0..most {

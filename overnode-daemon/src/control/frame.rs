@@ -230,8 +230,12 @@ mod tests {
         }
 
         #[test]
-        fn no_input_panics(bytes in prop::collection::vec(any::<u8>(), 0..200), limit in 0_usize..300) {
-            let (mut splitter, mut reassembler) = (FrameSplitter::default(), Reassembler::default());
+        fn no_input_panics(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            limit in 0_usize..300,
+        ) {
+            let mut splitter = FrameSplitter::default();
+            let mut reassembler = Reassembler::default();
             splitter.buffer().extend_from_slice(&bytes);
             while let Ok(Some(frame)) = splitter.next(limit) {
                 let _ = reassembler.push(frame);

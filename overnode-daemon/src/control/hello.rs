@@ -45,13 +45,16 @@ pub struct Hello {
 pub enum Refusal {
     /// The other node derives a different key from its token.
     #[error(
-        "the token differs: the two nodes were launched with different tokens; run `overnode reset` on the node with the wrong token, then launch it with the cluster's token"
+        "the token differs: the two nodes were launched with different tokens; run \
+         `overnode reset` on the node with the wrong token, then launch it with the cluster's token"
     )]
     Token,
     /// The two nodes have no protocol version in common.
     #[error(
-        "no common protocol version: this node supports {} to {}, the other node {} to {}; upgrade overnode on {}",
-        ours.0, ours.1, theirs.0, theirs.1, if ours.1 < theirs.0 { "this host" } else { "the other host" }
+        "no common protocol version: this node supports {} to {}, the other node {} to {}; upgrade \
+         overnode on {}",
+        ours.0, ours.1, theirs.0, theirs.1,
+        if ours.1 < theirs.0 { "this host" } else { "the other host" }
     )]
     Version {
         /// Oldest and newest version of this node.
@@ -61,7 +64,9 @@ pub enum Refusal {
     },
     /// The subnet or the range differs.
     #[error(
-        "the addresses of the cluster differ: this node has subnet {} and range {}, {peer} has subnet {} and range {}; run `overnode reset` on the node with the wrong ones, then launch it with the right --subnet and --range",
+        "the addresses of the cluster differ: this node has subnet {} and range {}, {peer} has \
+         subnet {} and range {}; run `overnode reset` on the node with the wrong ones, then launch \
+         it with the right --subnet and --range",
         ours.subnet, ours.range, theirs.subnet, theirs.range
     )]
     Network {
@@ -74,8 +79,8 @@ pub enum Refusal {
     },
     /// Two running hosts have the same ID.
     #[error(
-        "ID {id} is used twice: by {holder} and by {newcomer}; run `overnode reset` on one of them, then launch it with an \
-         ID of its own"
+        "ID {id} is used twice: by {holder} and by {newcomer}; run `overnode reset` on one of \
+         them, then launch it with an ID of its own"
     )]
     IdClash {
         /// The ID.
@@ -87,7 +92,8 @@ pub enum Refusal {
     },
     /// The other host runs with a copy of this node's disk.
     #[error(
-        "another host runs with a copy of this node's disk (node {0}); stop one of the two, run `overnode reset --force` there, and launch it with an ID of its own"
+        "another host runs with a copy of this node's disk (node {0}); stop one of the two, run \
+         `overnode reset --force` there, and launch it with an ID of its own"
     )]
     Copy(NodeId),
     /// The connection leads back to this node.
@@ -96,7 +102,8 @@ pub enum Refusal {
     /// The handshake exceeded its time limit, or the other side stopped sending. Holds the limit in
     /// seconds.
     #[error(
-        "no answer within {0} s: check that a node runs there, that the two hosts can reach each other, and that TCP and UDP ports 6783 and 6784 are open"
+        "no answer within {0} s: check that a node runs there, that the two hosts can reach each \
+         other, and that TCP and UDP ports 6783 and 6784 are open"
     )]
     TimedOut(u64),
     /// The connection failed.
@@ -110,17 +117,20 @@ pub enum Refusal {
     Garbage(&'static str),
     /// A frame violated the protocol.
     #[error(
-        "the other side violated the protocol ({0}); check that both hosts run the same version of overnode"
+        "the other side violated the protocol ({0}); check that both hosts run the same version of \
+         overnode"
     )]
     Frame(#[from] BadFrame),
     /// The content of a frame violated the protocol.
     #[error(
-        "it was disconnected because it sent {0}; check that it is one of your nodes and runs the same version of overnode"
+        "it was disconnected because it sent {0}; check that it is one of your nodes and runs the \
+         same version of overnode"
     )]
     Misconduct(String),
     /// The other side gave a reason that this build does not know.
     #[error(
-        "the other side refused the connection for a reason that this version does not know; upgrade overnode on this host"
+        "the other side refused the connection for a reason that this version does not know; \
+         upgrade overnode on this host"
     )]
     Unknown,
 }

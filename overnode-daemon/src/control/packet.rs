@@ -91,7 +91,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decoded_messages_encode_to_the_same_bytes(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+        fn decoded_messages_encode_to_the_same_bytes(
+            bytes in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
             if let Ok(packet) = Packet::decode(&bytes) {
                 prop_assert_eq!(packet.encode(), bytes);
             }

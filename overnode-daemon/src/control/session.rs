@@ -246,8 +246,8 @@ impl<S: AsyncWrite> Writer<S> {
     ///
     /// # Errors
     /// [`Refusal::Frame`] if the message is too long. [`Refusal::TimedOut`] if the other side does
-    /// not accept it within [`WRITE_LIMIT`]. [`Refusal::Misconduct`] if the keys have sealed too many
-    /// frames. [`Refusal::Io`] if the stream fails.
+    /// not accept it within [`WRITE_LIMIT`]. [`Refusal::Misconduct`] if the keys have sealed too
+    /// many frames. [`Refusal::Io`] if the stream fails.
     pub async fn send(&mut self, message: &[u8]) -> Result<(), Refusal> {
         if message.len() > frame::MAX_MESSAGE {
             return Err(frame::BadFrame::MessageTooLong.into());

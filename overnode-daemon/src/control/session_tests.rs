@@ -205,11 +205,13 @@ async fn an_incompatibility_is_reported_on_both_sides() {
     let (a, b) = meet(&one, &modern).await;
     assert_eq!(
         words(a),
-        "no common protocol version: this node supports 2 to 2, the other node 7 to 9; upgrade overnode on this host"
+        "no common protocol version: this node supports 2 to 2, the other node 7 to 9; upgrade \
+         overnode on this host"
     );
     assert_eq!(
         words(b),
-        "no common protocol version: this node supports 7 to 9, the other node 2 to 2; upgrade overnode on the other host"
+        "no common protocol version: this node supports 7 to 9, the other node 2 to 2; upgrade \
+         overnode on the other host"
     );
 
     let (a, b) = meet(&one, &node(1, 3)).await;
@@ -463,8 +465,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn hostile_bytes_never_panic_and_never_connect(bytes in prop::collection::vec(any::<u8>(), 0..600), initiator in any::<bool>()) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    fn hostile_bytes_never_panic_and_never_connect(
+        bytes in prop::collection::vec(any::<u8>(), 0..600),
+        initiator in any::<bool>(),
+    ) {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().start_paused(true).build().unwrap();
         let role = if initiator { Role::Initiator } else { Role::Responder };
         let outcome = runtime.block_on(async {
             let (a, mut b) = duplex(1 << 16);
@@ -475,7 +481,9 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_decoded_as_greeting_or_verdict_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn any_bytes_are_decoded_as_greeting_or_verdict_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
         let with_version = [&[2, 0, 2, 0], bytes.as_slice()].concat();
         for bytes in [&bytes, &with_version] {
             if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (2, 2)) {

@@ -30,6 +30,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::sys::statvfs::FsFlags;
+use overnode_ebpf::map::MapLayout;
 
 use crate::trust::{self, Untrusted};
 
@@ -194,8 +195,22 @@ impl Pins {
         self.root.join("links").join(self.cookie.to_string())
     }
 
-    pub(super) fn map(&self, name: &str) -> PathBuf {
+    /// Returns the pin of a map. From version 2 of its layout on, the version is part of the name.
+    pub(super) fn map(&self, layout: &MapLayout) -> PathBuf {
+        match layout.version {
+            1 => self.map_named(layout.name),
+            version => self.map_named(&format!("{}.{version}", layout.name)),
+        }
+    }
+
+    pub(super) fn map_named(&self, name: &str) -> PathBuf {
         self.maps().join(name)
+    }
+
+    /// Returns the names of the pins of all maps, of whatever version.
+    pub(super) fn map_names(&self) -> Vec<String> {
+        let name = |path: &PathBuf| Some(path.file_name()?.to_str()?.to_owned());
+        names(&self.maps()).iter().filter_map(name).collect()
     }
 
     pub(super) fn path(&self, pin: &Pin) -> PathBuf {
@@ -452,8 +467,9 @@ mod tests {
 
     #[test]
     fn the_last_mount_at_a_path_wins() {
-        let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n31 24 0:30 / /sys/fs/bpf/x rw - \
-                    bpf bpf rw\n32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
+        let list = "30 24 0:29 / /sys/fs/bpf rw - bpf bpf rw\n\
+                    31 24 0:30 / /sys/fs/bpf/x rw - bpf bpf rw\n\
+                    32 30 0:31 / /sys/fs/bpf rw - bpf bpf rw\n33\n";
         assert_eq!(last_mount(list, MOUNT_POINT), Some("0:31"));
         assert_eq!(last_mount(list, "/none"), None);
     }

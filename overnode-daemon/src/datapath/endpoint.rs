@@ -191,8 +191,11 @@ impl Datapath {
             Ok(attached) => Ok(attached),
             Err(error) => {
                 if let Err(left) = self.detach(host_interface).await {
-                    warn!(%left, host_interface, "the remains of a failed attach cannot be \
-                                                  removed yet");
+                    warn!(
+                        %left,
+                        host_interface,
+                        "the remains of a failed attach cannot be removed yet"
+                    );
                 }
                 Err(match place {
                     EndPlacement::Inside { netns, .. } => {

@@ -20,11 +20,11 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpu
 use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
-    Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
-    BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, DROPS_LEN, ENDPOINT_SLOTS, Endpoint,
-    LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS, Session,
+    Address, BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, ENDPOINT_SLOTS, Endpoint,
+    LOCAL_ADDRESS_SLOTS, MAPS, MapLayout, PEER_SLOTS, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS,
+    Session,
 };
-use overnode_ebpf::reason::{REASON_SLOTS, Reason};
+use overnode_ebpf::reason::Reason;
 
 use super::bpffs::Pins;
 use super::bulk::BulkMaps;
@@ -33,79 +33,42 @@ use crate::types::{from_map, to_map};
 /// `BPF_F_MMAPABLE` (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
 
-/// Layout that this daemon requires of a map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
-    pub(super) name: &'static str,
-    key: usize,
-    value: usize,
-    entries: u32,
-    is_mapped: bool,
-}
-
-const fn layout(name: &'static str, key: usize, value: usize, entries: u32) -> Layout {
-    Layout { name, key, value, entries, is_mapped: false }
-}
-
-const fn mapped(layout: Layout) -> Layout {
-    Layout { is_mapped: true, ..layout }
-}
-
-/// Layouts of all pinned maps.
-pub(super) const LAYOUTS: [Layout; 16] = [
-    layout("CONFIG", 4, size_of::<Config>(), 1),
-    layout("ENDPOINTS", 4, size_of::<Endpoint>(), ENDPOINT_SLOTS),
-    layout("ROUTES", 4 + size_of::<Address>(), size_of::<Route>(), ROUTE_SLOTS),
-    mapped(layout("PEERS", 4, size_of::<Peer>(), PEER_SLOTS)),
-    mapped(layout("SESSIONS", 4, size_of::<Session>(), SESSION_SLOTS)),
-    layout("LOCAL_ADDRESSES", size_of::<Address>(), 4, LOCAL_ADDRESS_SLOTS),
-    layout("COUNTERS", 4, 8, REASON_SLOTS),
-    layout("COOKIES", 4, 4, 1),
-    // The size of a ring buffer is in bytes, not entries.
-    layout("PROBES", 0, 0, PROBES_LEN),
-    layout("MONITOR", 4, 4, REASON_SLOTS),
-    layout("DROPS", 0, 0, DROPS_LEN),
-    mapped(layout("BULK_WORKERS", 4, size_of::<BulkWorker>(), BULK_WORKER_SLOTS)),
-    mapped(layout("BULK_PEERS", 4, size_of::<BulkPeer>(), PEER_SLOTS)),
-    mapped(layout("BULK_INBOXES", 4, size_of::<BulkRing>(), BULK_WORKER_SLOTS)),
-    mapped(layout("BULK_MESSAGES", 4, size_of::<BulkMessage>(), BULK_MESSAGE_SLOTS)),
-    layout("BULK_FLOWS", size_of::<BulkFlowKey>(), size_of::<BulkFlow>(), BULK_FLOW_SLOTS),
-];
-
-impl Layout {
-    /// Describes how a map differs from this layout, if it does.
-    fn mismatch(&self, info: &MapInfo) -> Option<String> {
-        let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries());
-        if found != (self.key, self.value, self.entries) {
-            let (key, value, entries) = found;
-            return Some(format!(
-                "{} has {entries} entries of {key}+{value} bytes instead of {} of {}+{}",
-                self.name, self.entries, self.key, self.value
-            ));
-        }
-        let is_mapped = info.map_flags() & MMAPABLE != 0;
-        (is_mapped != self.is_mapped).then(|| {
-            format!("{} {} BPF_F_MMAPABLE", self.name, if is_mapped { "has" } else { "lacks" })
-        })
+/// Describes how a map differs from its declaration, if it does.
+fn mismatch(layout: &MapLayout, info: &MapInfo) -> Option<String> {
+    let MapLayout { name, key, value, entries, is_mapped, .. } = *layout;
+    let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries());
+    if found != (key, value, entries) {
+        let (other_key, other_value, other_entries) = found;
+        return Some(format!(
+            "{name} has {other_entries} entries of {other_key}+{other_value} bytes instead of \
+             {entries} of {key}+{value}"
+        ));
     }
+    let found = info.map_flags() & MMAPABLE != 0;
+    (found != is_mapped)
+        .then(|| format!("{name} {} BPF_F_MMAPABLE", if found { "has" } else { "lacks" }))
 }
 
 /// Describes how the existing pinned maps differ from the layouts that this daemon requires. Empty
 /// if they match or if none are pinned.
 pub(super) fn pinned_mismatches(pins: &Pins) -> Vec<String> {
-    LAYOUTS
-        .iter()
-        .filter_map(|layout| {
-            let path = pins.map(layout.name);
-            if !path.exists() {
-                return None;
-            }
-            match MapInfo::from_pin(&path) {
-                Ok(info) => layout.mismatch(&info),
-                Err(error) => Some(format!("{} cannot be opened: {error}", layout.name)),
-            }
-        })
-        .collect()
+    // Maps with other names are those of later versions, and of no concern to this one.
+    let others = pins.map_names().into_iter().filter_map(|pin| {
+        let name = pin.split('.').next()?;
+        let layout = MAPS.iter().find(|layout| layout.name == name)?;
+        (pins.map(layout) != pins.map_named(&pin)).then(|| format!("{pin} is of another version"))
+    });
+    let present = MAPS.iter().filter_map(|layout| {
+        let path = pins.map(layout);
+        if !path.exists() {
+            return None;
+        }
+        match MapInfo::from_pin(&path) {
+            Ok(info) => mismatch(layout, &info),
+            Err(error) => Some(format!("{} cannot be opened: {error}", layout.name)),
+        }
+    });
+    others.chain(present).collect()
 }
 
 /// The maps of a loaded object.
@@ -138,11 +101,11 @@ impl Maps {
     /// Takes the maps out of a loaded object. The programs must have been loaded before.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
         let mut maps = BTreeMap::new();
-        for layout in LAYOUTS {
+        for layout in MAPS {
             let map = ebpf
                 .take_map(layout.name)
                 .ok_or_else(|| anyhow!("the eBPF object has no map {}", layout.name))?;
-            if let Some(mismatch) = layout.mismatch(&data(&map)?.info()?) {
+            if let Some(mismatch) = mismatch(layout, &data(&map)?.info()?) {
                 bail!("the eBPF programs do not match the daemon: {mismatch}");
             }
             maps.insert(layout.name, map);
@@ -154,7 +117,7 @@ impl Maps {
             Ok(data(&take(name)?)?.fd().as_fd().try_clone_to_owned()?)
         };
         let bulk_fds =
-            [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_INBOXES")?, own("BULK_MESSAGES")?];
+            [own("BULK_WORKERS")?, own("BULK_PEERS")?, own("BULK_RINGS")?, own("BULK_MESSAGES")?];
         let [workers, peers, rings, _] = bulk_fds.each_ref().map(OwnedFd::as_fd);
         Ok(Self {
             bulk: BulkMaps::open(workers, peers, rings)?,

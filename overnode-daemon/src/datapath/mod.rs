@@ -266,15 +266,22 @@ impl Datapath {
                 // On failure the interface keeps its old program, or it is about to disappear. Only
                 // this container is affected.
                 if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
-                    warn!(%error, interface = link.name, "keeping the program of an earlier daemon");
+                    warn!(
+                        %error,
+                        interface = link.name,
+                        "keeping the program of an earlier daemon"
+                    );
                 }
                 self.endpoints.insert(link.name.clone(), link.index);
             }
             if has(FROM_UNDERLAY)
                 && let Err(error) = self.watch_interface(link)
             {
-                warn!(%error, interface = link.name, "no longer receiving messages on this \
-                                                      interface");
+                warn!(
+                    %error,
+                    interface = link.name,
+                    "no longer receiving messages on this interface"
+                );
                 for error in endpoint::detach_all(link, &self.pins) {
                     warn!(%error, interface = link.name, "the old program cannot be removed");
                 }

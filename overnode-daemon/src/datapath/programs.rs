@@ -13,13 +13,14 @@ use aya::programs::{LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAtt
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
+use overnode_ebpf::map::MAPS;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use super::bpffs::{Pin, Pins};
 use super::interfaces::Link;
-use super::maps::{LAYOUTS, Maps};
+use super::maps::Maps;
 
 /// Program at the ingress of the host-side end of each container's veth.
 pub(super) const FROM_CONTAINER: &str = "from_container";
@@ -257,8 +258,8 @@ fn parse(object: &[u8], pins: &Pins, debug: bool, log: VerifierLogLevel) -> Resu
     let mut loader = EbpfLoader::new();
     let debug = u8::from(debug);
     loader.verifier_log_level(log).override_global("DEBUG", &debug, false);
-    for layout in LAYOUTS {
-        loader.map_pin_path(layout.name, pins.map(layout.name));
+    for layout in MAPS {
+        loader.map_pin_path(layout.name, pins.map(layout));
     }
     loader.load(object).map_err(|error| {
         if let EbpfError::MapError(_) = &error

@@ -77,8 +77,11 @@ impl Datapath {
             }
             info!(interface = link.name, "removing an interface that belongs to no container");
             if let Err(error) = self.detach(&link.name).await {
-                warn!(%error, interface = link.name, "an interface that belongs to no container \
-                                                      cannot be removed");
+                warn!(
+                    %error,
+                    interface = link.name,
+                    "an interface that belongs to no container cannot be removed"
+                );
             }
         }
 
@@ -92,8 +95,11 @@ impl Datapath {
             in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex))
         {
             if let Err(error) = self.forget_endpoint(ifindex) {
-                warn!(%error, ifindex, "the map entries of an interface that is gone cannot be \
-                                        removed");
+                warn!(
+                    %error,
+                    ifindex,
+                    "the map entries of an interface that is gone cannot be removed"
+                );
             }
         }
         self.endpoints.retain(|_, ifindex| in_use.contains(ifindex));

@@ -128,7 +128,8 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
+        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the \
+         older host"
     )]
     Format(u8),
     /// The message cannot be decoded.
@@ -138,7 +139,10 @@ pub enum BadMessage {
     #[error("a message with {0}")]
     Bounds(&'static str),
     /// The neighbor sends more than an honest node does.
-    #[error("more than an honest node sends: {MESSAGES_PER_SECOND} messages and {} KiB a second", BYTES_PER_SECOND >> 10)]
+    #[error(
+        "more than an honest node sends: {MESSAGES_PER_SECOND} messages and {} KiB a second",
+        BYTES_PER_SECOND >> 10
+    )]
     Flood,
     /// A record is not signed with the key that it names.
     #[error("a forged record of node {0}, which that node did not sign")]

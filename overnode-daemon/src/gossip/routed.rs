@@ -67,7 +67,8 @@ pub enum BadRoutedMessage {
     Short,
     /// The message is in another version of the format.
     #[error(
-        "a routed message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
+        "a routed message in format {0}, but this build reads format {FORMAT}; upgrade overnode on \
+         the older host"
     )]
     Format(u8),
     /// The number of hops is 0 or beyond [`MAX_HOPS`].
@@ -217,8 +218,8 @@ impl Gossip {
     /// ignored.
     ///
     /// # Errors
-    /// [`BadRoutedMessage`] if the message violates the protocol or exceeds the peer's allowance. The
-    /// connection should be closed.
+    /// [`BadRoutedMessage`] if the message violates the protocol or exceeds the peer's allowance.
+    /// The connection should be closed.
     pub fn handle_routed(
         &mut self,
         peer: NodeId,

@@ -769,7 +769,10 @@ fn the_wire_format_is_stable() {
 
 proptest! {
     #[test]
-    fn no_input_panics_and_decoded_records_are_within_bounds(bytes in prop::collection::vec(any::<u8>(), 0..300), kind in 0_u8..4) {
+    fn no_input_panics_and_decoded_records_are_within_bounds(
+        bytes in prop::collection::vec(any::<u8>(), 0..300),
+        kind in 0_u8..4,
+    ) {
         for bytes in [bytes.clone(), [&[FORMAT, kind], bytes.as_slice()].concat()] {
             if let Ok(Message::Delta(records)) = Message::decode(&bytes) {
                 prop_assert!(records.iter().all(|record| record.check().is_ok()));
@@ -778,13 +781,18 @@ proptest! {
     }
 
     #[test]
-    fn altered_messages_never_cause_a_panic(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+    fn altered_messages_never_cause_a_panic(
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
         let mut gossip = gossip(record(1, 1), Instant::now());
         let now = Instant::now();
         gossip.handle_connected(id(2), identity(2), now);
         for message in [
             Message::Delta(vec![record(1, 5), full()]),
-            Message::Digest { ask: true, stamps: vec![(id(1), Stamp::default()), (id(9), full().stamp())] },
+            Message::Digest {
+                ask: true,
+                stamps: vec![(id(1), Stamp::default()), (id(9), full().stamp())],
+            },
             Message::Request((1..50).map(id).collect()),
         ] {
             let mut bytes = message.encode();

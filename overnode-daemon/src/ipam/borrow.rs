@@ -229,7 +229,8 @@ impl Ipam {
                     }
                 }
                 None if self.lends(quarter).is_some() && !self.may_lend(quarter) => format!(
-                    "no reachable node confirms that this node still lends quarter {quarter} (`overnode reclaim` the nodes that are gone for good, on one of nodes 1 to 4)"
+                    "no reachable node confirms that this node still lends quarter {quarter} \
+                     (`overnode reclaim` the nodes that are gone for good, on one of nodes 1 to 4)"
                 ),
                 None if self.lending.ledgers.contains_key(&quarter) => {
                     format!("this node has lent everything that it lends of quarter {quarter}")

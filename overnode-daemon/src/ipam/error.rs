@@ -11,7 +11,9 @@ use crate::types::NodeId;
 pub enum IpamError {
     /// The node holds no free address, and no lender has lent it any yet.
     #[error(
-        "node {id} has no free address of its own ({count} in use), and no node has lent it any: {lenders}; start one of nodes 1 to 4, connect to it with `overnode connect HOST`, or detach containers that are no longer needed"
+        "node {id} has no free address of its own ({count} in use), and no node has lent it any: \
+         {lenders}; start one of nodes 1 to 4, connect to it with `overnode connect HOST`, or \
+         detach containers that are no longer needed"
     )]
     NoLender {
         /// This node.
@@ -29,7 +31,9 @@ pub enum IpamError {
     },
     /// The node cannot leave: it has lent addresses, and no other node has taken over the ledger.
     #[error(
-        "node {id} has lent addresses to {borrowers}, and no other node has taken over its ledger: {successor}; make one of nodes 1 to 4 reachable and try again, or discard the ledger with `overnode reset --force`"
+        "node {id} has lent addresses to {borrowers}, and no other node has taken over its ledger: \
+         {successor}; make one of nodes 1 to 4 reachable and try again, or discard the ledger with \
+         `overnode reset --force`"
     )]
     NoSuccessor {
         /// This node.
@@ -49,7 +53,8 @@ pub enum IpamError {
     },
     /// The address is outside of the subnet.
     #[error(
-        "{address} is outside the cluster's subnet {subnet}; choose an address from {first} to {last}"
+        "{address} is outside the cluster's subnet {subnet}; choose an address from {first} to \
+         {last}"
     )]
     OutsideSubnet {
         /// The address.
@@ -76,7 +81,8 @@ pub enum IpamError {
     },
     /// The address is in use on this node.
     #[error(
-        "{address} is in use by {owner} on this node; choose another address, or detach {owner} first"
+        "{address} is in use by {owner} on this node; choose another address, or detach {owner} \
+         first"
     )]
     InUse {
         /// The address.
@@ -86,7 +92,8 @@ pub enum IpamError {
     },
     /// The address is claimed on another node.
     #[error(
-        "{address} is in use on node {node}; choose another address, or detach its container there first"
+        "{address} is in use on node {node}; choose another address, or detach its container there \
+         first"
     )]
     InUseElsewhere {
         /// The address.
@@ -96,7 +103,8 @@ pub enum IpamError {
     },
     /// Another node asks for the address at the same time, and its lower ID takes precedence.
     #[error(
-        "node {node} requests {address} at the same time and takes precedence; choose another address, or try again"
+        "node {node} requests {address} at the same time and takes precedence; choose another \
+         address, or try again"
     )]
     WantedElsewhere {
         /// The address.

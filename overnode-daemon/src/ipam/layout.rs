@@ -46,7 +46,8 @@ pub enum BadNetwork {
     },
     /// The subnet has no room outside of the range for node addresses and static addresses.
     #[error(
-        "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} addresses of nodes and for static addresses; choose a smaller --range or a larger --subnet"
+        "the range {range} leaves no room in the subnet {subnet} for the {NODE_ADDRESSES} \
+         addresses of nodes and for static addresses; choose a smaller --range or a larger --subnet"
     )]
     NoRoom {
         /// The range.

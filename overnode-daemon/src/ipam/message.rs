@@ -307,7 +307,8 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the older host"
+        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the \
+         older host"
     )]
     Format(u8),
     /// The message cannot be decoded.

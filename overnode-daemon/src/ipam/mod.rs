@@ -191,7 +191,9 @@ pub enum Problem {
     },
     /// A static address is in use here and on another node, and the other node keeps it.
     #[error(
-        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts cannot reach {owner}; detach {owner} (`overnode detach {owner}`, or stop the container) and give it another address, or detach the container that has the address on node {node}"
+        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts \
+         cannot reach {owner}; detach {owner} (`overnode detach {owner}`, or stop the container) \
+         and give it another address, or detach the container that has the address on node {node}"
     )]
     Yielded {
         /// The address.
@@ -203,7 +205,9 @@ pub enum Problem {
     },
     /// A static address is in use here, and another node announces it without a right to it.
     #[error(
-        "{address} is in use by {owner} here, and node {node} announces it too, although this node keeps it; detach the container that has the address on node {node}, or {owner} here (`overnode detach {owner}`, or stop the container)"
+        "{address} is in use by {owner} here, and node {node} announces it too, although this node \
+         keeps it; detach the container that has the address on node {node}, or {owner} here \
+         (`overnode detach {owner}`, or stop the container)"
     )]
     Contested {
         /// The address.
@@ -215,7 +219,9 @@ pub enum Problem {
     },
     /// A block that this node had borrowed is lost.
     #[error(
-        "the block {block}, which this node had borrowed, now belongs to other nodes, as node {lender} reports; no more addresses are allocated from it: detach the containers with an address in it (`overnode status --endpoints`) and attach them again"
+        "the block {block}, which this node had borrowed, now belongs to other nodes, as node \
+         {lender} reports; no more addresses are allocated from it: detach the containers with an \
+         address in it (`overnode status --endpoints`) and attach them again"
     )]
     Lost {
         /// The block.
@@ -225,7 +231,8 @@ pub enum Problem {
     },
     /// Another node lends a quarter that this node used to lend.
     #[error(
-        "node {holder} now lends the quarter of node {quarter}, and this node has stopped lending it; clashing addresses are reported one by one, and this finding lasts for ten minutes"
+        "node {holder} now lends the quarter of node {quarter}, and this node has stopped lending \
+         it; clashing addresses are reported one by one, and this finding lasts for ten minutes"
     )]
     Superseded {
         /// The quarter.
@@ -235,7 +242,9 @@ pub enum Problem {
     },
     /// The other nodes were told that this node is gone for good.
     #[error(
-        "node {by} has reclaimed the address space of this node, which was declared gone for good; this node has requested it again: clashing addresses are reported one by one, and this finding lasts for ten minutes"
+        "node {by} has reclaimed the address space of this node, which was declared gone for good; \
+         this node has requested it again: clashing addresses are reported one by one, and this \
+         finding lasts for ten minutes"
     )]
     Reclaimed {
         /// The node that took the space back.
@@ -243,7 +252,8 @@ pub enum Problem {
     },
     /// A borrower says that it holds a block that the ledger has for another node.
     #[error(
-        "node {borrower} uses the block {block}, which was lent to another node: detach the containers with an address in it on node {borrower}"
+        "node {borrower} uses the block {block}, which was lent to another node: detach the \
+         containers with an address in it on node {borrower}"
     )]
     Contradiction {
         /// The borrower.

@@ -141,7 +141,8 @@ impl Ipam {
         }
         if !self.id.has_initial_quarter() {
             return refuse(
-                "only nodes 1 to 4 lend address space, so only they can reclaim it; run the command on one of them"
+                "only nodes 1 to 4 lend address space, so only they can reclaim it; run the \
+                 command on one of them"
                     .into(),
             );
         }
@@ -155,7 +156,11 @@ impl Ipam {
         };
         let incarnation = peer.incarnation;
         if !self.is_long_gone(of, now) {
-            return refuse("it is reachable, or was a few seconds ago; run `overnode reset` on its host instead, or try again soon if it is gone".into());
+            return refuse(
+                "it is reachable, or was a few seconds ago; run `overnode reset` on its host \
+                 instead, or try again soon if it is gone"
+                    .into(),
+            );
         }
         // Records of nodes that are gone for good themselves do not count.
         let is_there =
@@ -665,7 +670,8 @@ impl Ipam {
                 format!("node {from} can reach it; run `overnode reset` on its host instead")
             }
             Objection::Newer(_) => format!(
-                "node {from} has seen it more recently than this node; if it has gone for good since then, try again in a minute"
+                "node {from} has seen it more recently than this node; if it has gone for good \
+                 since then, try again in a minute"
             ),
             Objection::Mine => doing_that(from),
         };
@@ -812,6 +818,8 @@ impl Ipam {
 /// Describes why a node gives way to another claimant.
 fn doing_that(by: NodeId) -> String {
     format!(
-        "node {by} is already reclaiming address space, and only one node can at a time: `overnode status --ipam` there shows what it waits for; run the command there as well, or here when that is done"
+        "node {by} is already reclaiming address space, and only one node can at a time: \
+         `overnode status --ipam` there shows what it waits for; run the command there as well, or \
+         here when that is done"
     )
 }

@@ -18,22 +18,6 @@ use crate::api::{
     PeerStatus, SessionState, Status, TargetState,
 };
 
-/// The reasons for which bulk workers drop packets.
-const BULK_DROPS: [Reason; 12] = [
-    Reason::Unsupported,
-    Reason::Malformed,
-    Reason::NoRoute,
-    Reason::NoSession,
-    Reason::Expired,
-    Reason::Exhausted,
-    Reason::Helper,
-    Reason::UnknownIndex,
-    Reason::Replayed,
-    Reason::TooOld,
-    Reason::Forged,
-    Reason::Congestion,
-];
-
 /// The metrics of a node at one moment.
 #[derive(Debug)]
 pub(super) struct Families(pub(super) Status);
@@ -240,7 +224,7 @@ impl Families {
         let workers = &self.0.node.bulk;
         family("bulk_workers", "Running workers of the bulk path.")
             .gauges(encoder, [(vec![], workers.workers as i64)])?;
-        let drops = BULK_DROPS.map(|reason| {
+        let drops = Reason::ALL.iter().filter(|reason| reason.is_of_workers()).map(|reason| {
             let count = workers.drops.get(reason.as_str()).copied().unwrap_or_default();
             (vec![("reason", reason.as_str().to_owned())], count)
         });

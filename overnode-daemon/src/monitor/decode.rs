@@ -68,26 +68,13 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
             Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
         }
         Program::FromUnderlay | Program::FromUnderlayXdp => {
-            of_underlay(packet.get(..captured)?, is_opened(reason))
+            of_underlay(packet.get(..captured)?, reason.is_opened())
         }
     };
     if vlan & VLAN_PRESENT != 0 {
         headers.vlan = Some(vlan as u16 & VLAN_ID);
     }
     Some(Seen { time_ns: u64::from_ne_bytes(*time_ns), reason, program, ifindex, len, headers })
-}
-
-/// Returns true if a message that is dropped for this reason was authenticated before, so that its
-/// plaintext is in the record.
-const fn is_opened(reason: Reason) -> bool {
-    matches!(
-        reason,
-        Reason::ForeignSource
-            | Reason::NotHere
-            | Reason::Congestion
-            | Reason::NodeAddress
-            | Reason::ProbeFlood
-    )
 }
 
 fn of_container(frame: &[u8]) -> Headers {

@@ -483,7 +483,7 @@ async fn read(
             Ok(Packet::Pong(sent)) => {
                 let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
                     return Refusal::Misconduct(
-                        "it answered a ping that has not been sent yet".to_owned(),
+                        "the answer to a ping that was never sent".to_owned(),
                     );
                 };
                 MeshEvent::RoundTrip(id, rtt)

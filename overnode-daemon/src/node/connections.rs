@@ -393,8 +393,8 @@ impl Node {
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
                 return Err(ApiError::missing(format_args!(
-                    "{host} is not a target of this node: nothing was changed; `overnode status \
-                     --targets` lists the targets"
+                    "{host} is not a target of this node: nothing was changed; \
+                     `overnode status --targets` lists the targets"
                 )));
             };
             targets.remove(position);

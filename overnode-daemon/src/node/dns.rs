@@ -286,8 +286,8 @@ impl Node {
         });
         if added.len() == before {
             return Err(ApiError::missing(format_args!(
-                "no name {name} was added on this node: nothing was changed; `overnode status \
-                 --dns` lists all names and their nodes"
+                "no name {name} was added on this node: nothing was changed; \
+                 `overnode status --dns` lists all names and their nodes"
             )));
         }
         self.change_names(name, added).await

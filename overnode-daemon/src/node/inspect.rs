@@ -1,4 +1,5 @@
-//! Reports the whole state of the node for `inspect`. `docs/reference/inspect.md` describes the document.
+//! Reports the whole state of the node for `inspect`. `docs/reference/inspect.md` describes the
+//! document.
 
 use std::time::{Duration, Instant};
 
@@ -72,7 +73,8 @@ impl Node {
                 "mtu": state.mtu,
                 "mtu_confirmed": state.mtu_confirmed,
                 "carries": state.carries,
-                "heard_seconds_ago": state.last_heard.map(|at| now.saturating_duration_since(at).as_secs()),
+                "heard_seconds_ago":
+                    state.last_heard.map(|at| now.saturating_duration_since(at).as_secs()),
             })
         });
         let counters = self.paths.counters();
@@ -88,8 +90,11 @@ impl Node {
     fn inspect_allocation(&self) -> Value {
         let ipam = &self.ipam;
         let lends = ipam.ledger().map(|(quarter, loans)| {
-            let loans = loans.into_iter().map(|(id, blocks)| json!({ "borrower": id, "blocks": blocks }));
-            json!({ "quarter": quarter, "serial": ipam.lends(quarter), "loans": loans.collect::<Vec<_>>() })
+            let loans: Vec<_> = loans
+                .into_iter()
+                .map(|(id, blocks)| json!({ "borrower": id, "blocks": blocks }))
+                .collect();
+            json!({ "quarter": quarter, "serial": ipam.lends(quarter), "loans": loans })
         });
         let reclaimed = ipam
             .reclaimed()

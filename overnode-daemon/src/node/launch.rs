@@ -65,8 +65,8 @@ impl Daemon {
         let id = identity.id;
         if id != request.id {
             return Err(ApiError::refused(format_args!(
-                "this host is already node {id}, not {}: one host runs one node; run `overnode \
-                 reset` first to give it another ID",
+                "this host is already node {id}, not {}: one host runs one node; run \
+                 `overnode reset` first to give it another ID",
                 request.id
             )));
         }

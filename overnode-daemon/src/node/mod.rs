@@ -96,8 +96,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 if let Some(node) = &mut daemon.node {
                     node.handle_input(input).await;
                     if let Some(broken) = node.broken.take() {
-                        return Err(broken.context("the node stops, because it could otherwise \
-                                                   give out an address twice"));
+                        return Err(broken.context(
+                            "the node stops, because it could otherwise give out an address twice",
+                        ));
                     }
                 }
                 daemon.settle().await;
@@ -177,8 +178,8 @@ impl Daemon {
     fn node(&mut self) -> Result<&mut Node, ApiError> {
         self.node.as_mut().ok_or_else(|| {
             ApiError::refused(
-                "no node was launched on this host: run `overnode launch --id ID --token-file \
-                 FILE HOST...` first",
+                "no node was launched on this host: run \
+                 `overnode launch --id ID --token-file FILE HOST...` first",
             )
         })
     }

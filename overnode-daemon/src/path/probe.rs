@@ -199,14 +199,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decoded_probes_encode_to_the_same_header(bytes in prop::collection::vec(any::<u8>(), 0..64), received: u32) {
+        fn decoded_probes_encode_to_the_same_header(
+            bytes in prop::collection::vec(any::<u8>(), 0..64),
+            received: u32,
+        ) {
             if let Ok(probe) = Probe::decode(&bytes, received) {
                 prop_assert_eq!(&probe.encode()[..HEADER], &bytes[..HEADER]);
             }
         }
 
         #[test]
-        fn any_probe_comes_back(sequence: u64, stamp: u64, seen: u32, carries: u16, size in SMALLEST..=LARGEST, answer: bool) {
+        fn every_probe_round_trips(
+            sequence: u64,
+            stamp: u64,
+            seen: u32,
+            carries: u16,
+            size in SMALLEST..=LARGEST,
+            answer: bool,
+        ) {
             let kind = if answer { Kind::Answer } else { Kind::Request };
             let probe = Probe { kind, size, sequence, stamp, seen, carries };
             prop_assert_eq!(Probe::decode(&probe.encode(), size), Ok(probe));

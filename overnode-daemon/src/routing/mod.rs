@@ -35,8 +35,8 @@
 //! announcement without one. Its place is in [`Claim`], in front of `rank`.
 //!
 //! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
-//! [`Routing::set_reachable`], [`Routing::set_reclaimed`]. [`Routing::update`] then decides. Outputs:
-//! [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
+//! [`Routing::set_reachable`], [`Routing::set_reclaimed`]. [`Routing::update`] then decides.
+//! Outputs: [`Routing::routes`], [`Routing::conflicts`], [`Routing::poll_timeout`].
 
 #[cfg(test)]
 mod tests;

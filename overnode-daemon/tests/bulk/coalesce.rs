@@ -266,7 +266,10 @@ fn traffic() -> impl Strategy<Value = Vec<Opened>> {
 
 proptest! {
     #[test]
-    fn segmenting_then_coalescing_gives_the_original(packet in packets(9000), size in 141..3000_u16) {
+    fn segmenting_then_coalescing_gives_the_original(
+        packet in packets(9000),
+        size in 141..3000_u16,
+    ) {
         // Rejecting packets that are too short would reject too many.
         let mut packet = packet;
         packet.payload.resize(packet.payload.len().max(usize::from(size) + 1), 7);
@@ -278,7 +281,10 @@ proptest! {
     }
 
     #[test]
-    fn coalescing_then_segmenting_gives_the_input(packets in traffic(), coalesces_udp in any::<bool>()) {
+    fn coalescing_then_segmenting_gives_the_input(
+        packets in traffic(),
+        coalesces_udp in any::<bool>(),
+    ) {
         check_coalesce(&packets, coalesces_udp);
     }
 
@@ -286,7 +292,13 @@ proptest! {
     fn one_flow_is_coalesced_as_in_the_model(
         v6 in any::<bool>(),
         tcp in any::<bool>(),
-        steps in prop::collection::vec((prop::sample::select(vec![0_usize, 50, 100, 100, 100, 100, 100, 110]), any::<u8>()), 1..150),
+        steps in prop::collection::vec(
+            (
+                prop::sample::select(vec![0_usize, 50, 100, 100, 100, 100, 100, 110]),
+                any::<u8>(),
+            ),
+            1..150,
+        ),
     ) {
         let mut flow = Packet::new(v6, tcp, 0);
         let mut packets = Vec::new();
@@ -317,7 +329,11 @@ proptest! {
             .iter()
             .map(|frame| {
                 let (vnet, bytes) = split(frame);
-                if vnet.gso_type == 0 { 1 } else { (bytes.len() - flow.headers()).div_ceil(vnet.gso_size.into()) }
+                if vnet.gso_type == 0 {
+                    1
+                } else {
+                    (bytes.len() - flow.headers()).div_ceil(vnet.gso_size.into())
+                }
             })
             .collect();
         prop_assert_eq!(made, runs(&packets));
@@ -325,7 +341,10 @@ proptest! {
 
     #[test]
     fn any_bytes_are_delivered_in_order(
-        packets in prop::collection::vec((0..3_u8, prop::collection::vec(any::<u8>(), 0..80), any::<bool>()), 0..30),
+        packets in prop::collection::vec(
+            (0..3_u8, prop::collection::vec(any::<u8>(), 0..80), any::<bool>()),
+            0..30,
+        ),
     ) {
         check_coalesce(&packets, true);
     }

@@ -37,9 +37,12 @@ fn two_tcp_segments_match_bytes_written_by_hand() {
     let sixteen =
         |hex: &str| data_encoding::HEXLOWER_PERMISSIVE.decode(hex.replace(' ', "").as_bytes());
     // 10.0.0.1:1 to 10.0.0.2:2, 3 bytes of payload, ACK and PSH.
-    let packet = "4500002b ffff4000 4006 26cb 0a000001 0a000002 0001 0002 00000010 00000020 50 18 0100 1420 0000 616263";
-    let first = "4500002a ffff4000 4006 26cc 0a000001 0a000002 0001 0002 00000010 00000020 50 10 0100 141f 0000 6162";
-    let second = "45000029 00004000 4006 26cd 0a000001 0a000002 0001 0002 00000012 00000020 50 18 0100 141e 0000 63";
+    let packet = "4500002b ffff4000 4006 26cb 0a000001 0a000002 \
+                  0001 0002 00000010 00000020 50 18 0100 1420 0000 616263";
+    let first = "4500002a ffff4000 4006 26cc 0a000001 0a000002 \
+                 0001 0002 00000010 00000020 50 10 0100 141f 0000 6162";
+    let second = "45000029 00004000 4006 26cd 0a000001 0a000002 \
+                  0001 0002 00000012 00000020 50 18 0100 141e 0000 63";
     let [packet, first, second] =
         [packet, first, second].map(|hex| sixteen(hex).expect("hexadecimal"));
     let vnet = Packet::new(false, true, 0).vnet(2);
@@ -209,7 +212,11 @@ fn packets_that_contradict_their_headers_are_refused() {
 
 proptest! {
     #[test]
-    fn segments_match_the_model(packet in packets(9000), urgent in any::<Option<u16>>(), size in 50..3000_u16) {
+    fn segments_match_the_model(
+        packet in packets(9000),
+        urgent in any::<Option<u16>>(),
+        size in 50..3000_u16,
+    ) {
         let mut packet = packet;
         if let Some(urgent) = urgent {
             (packet.flags, packet.urgent) = (packet.flags | URG, urgent);
@@ -235,13 +242,20 @@ proptest! {
             let at = at.index(bytes.len().min(60));
             bytes[at] = byte;
         }
-        let vnet = if is_own { packet.vnet(u16::from(header[0])) } else { VnetHeader::from_bytes(header) };
+        let vnet = if is_own {
+            packet.vnet(u16::from(header[0]))
+        } else {
+            VnetHeader::from_bytes(header)
+        };
         check_segment(&bytes, &vnet);
         check_segment(&bytes[..length.index(bytes.len())], &vnet);
     }
 
     #[test]
-    fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), header in any::<[u8; 10]>()) {
+    fn no_bytes_cause_a_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        header in any::<[u8; 10]>(),
+    ) {
         let mut vnet = VnetHeader::from_bytes(header);
         check_segment(&bytes, &vnet);
         vnet.flags |= NEEDS_CSUM;
@@ -251,12 +265,19 @@ proptest! {
     }
 
     #[test]
-    fn a_completed_checksum_is_right(bytes in prop::collection::vec(any::<u8>(), 2..300), start in 0..100_usize) {
+    fn a_completed_checksum_is_right(
+        bytes in prop::collection::vec(any::<u8>(), 2..300),
+        start in 0..100_usize,
+    ) {
         // The transport header is unknown, and the sum begins anywhere after the IP header.
         let mut packet = vec![0; 40 + start];
         packet[0] = 0x60;
         packet.extend(&bytes);
-        let vnet = VnetHeader { flags: NEEDS_CSUM, csum_start: (54 + start) as u16, ..VnetHeader::default() };
+        let vnet = VnetHeader {
+            flags: NEEDS_CSUM,
+            csum_start: (54 + start) as u16,
+            ..VnetHeader::default()
+        };
         let segmentation = Segmentation::new(&packet, &vnet).expect("a packet");
         let written = write_all(&segmentation).remove(0);
         prop_assert_eq!(&written[..40 + start], &packet[..40 + start]);

@@ -70,7 +70,8 @@ fn tap() -> File {
 struct Mirror {
     tap: File,
     joiner: Coalescer,
-    /// Frames with several segments that were read (`segmentation`) and written (`joined`), for TCP and UDP.
+    /// Frames with several segments that were read (`segmentation`) and written (`joined`), for TCP
+    /// and UDP.
     segmentation: [usize; 2],
     joined: [usize; 2],
 }

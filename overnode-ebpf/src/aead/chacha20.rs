@@ -168,8 +168,10 @@ fn quarter_rounds(w: &mut [u32; 16], i: [usize; 4], j: [usize; 4]) {
             "{b1} <<= 7",
             "{t} >>= 25",
             "{b1} |= {t}",
-            a0 = inout(wreg) w[i[0]], b0 = inout(wreg) w[i[1]], c0 = inout(wreg) w[i[2]], d0 = inout(wreg) w[i[3]],
-            a1 = inout(wreg) w[j[0]], b1 = inout(wreg) w[j[1]], c1 = inout(wreg) w[j[2]], d1 = inout(wreg) w[j[3]],
+            a0 = inout(wreg) w[i[0]], b0 = inout(wreg) w[i[1]],
+            c0 = inout(wreg) w[i[2]], d0 = inout(wreg) w[i[3]],
+            a1 = inout(wreg) w[j[0]], b1 = inout(wreg) w[j[1]],
+            c1 = inout(wreg) w[j[2]], d1 = inout(wreg) w[j[3]],
             t = out(wreg) _,
             options(pure, nomem, nostack),
         );

@@ -5,7 +5,7 @@ use overnode_ebpf::map::{Address, Config, Endpoint};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ARP_LEN, ETHERNET_LEN, ETHERTYPE_IPV4};
 
-use super::Sent;
+use super::Verdict;
 use super::frame::{Ethernet, Frame, Mac, Skb, at, redirect};
 use super::maps;
 
@@ -34,7 +34,7 @@ struct Arp {
 /// Requests for the container's own address get no reply, so that its duplicate address detection
 /// finds no conflict.
 #[inline(always)]
-pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
+pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Verdict, Reason> {
     skb.linearize((ETHERNET_LEN + ARP_LEN) as u32)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
     let arp = at::<Arp>(skb, ETHERNET_LEN)?;
@@ -75,7 +75,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
         (*arp).sender_mac = gateway;
         (*arp).sender = target;
     }
-    Ok(Sent { counted: Some(Reason::Arp), verdict: redirect(skb.ifindex()) })
+    Ok(Verdict::Redirected(Reason::Arp, redirect(skb.ifindex())))
 }
 
 #[inline(always)]

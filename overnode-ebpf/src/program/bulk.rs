@@ -8,7 +8,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN};
 
 use super::frame::{Ethernet, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at, redirect};
-use super::{Sent, maps, offload_veth};
+use super::{Verdict, maps, offload_veth};
 
 /// Result of [`try_steer`]: the packet does not belong on the bulk path.
 const NOT: i64 = -1;
@@ -16,9 +16,9 @@ const NOT: i64 = -1;
 /// Hands a packet for a peer to a worker if it belongs to a bulk flow and the worker is alive.
 /// Returns `None` if the programs must handle the packet.
 #[inline(always)]
-pub fn steer(skb: Skb, peer: u32) -> Option<Sent> {
+pub fn steer(skb: Skb, peer: u32) -> Option<Verdict> {
     let verdict = try_steer(skb, peer);
-    (verdict != NOT).then_some(Sent { counted: Some(Reason::BulkSent), verdict })
+    (verdict != NOT).then_some(Verdict::Redirected(Reason::BulkSent, verdict))
 }
 
 /// Not inlined, so that its stack is not part of the caller's frame, which is live while the cipher

@@ -6,7 +6,7 @@
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
     __sk_buff, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY, BPF_F_ADJ_ROOM_FIXED_GSO,
-    BPF_F_ADJ_ROOM_NO_CSUM_RESET, TC_ACT_SHOT, xdp_action, xdp_md,
+    BPF_F_ADJ_ROOM_NO_CSUM_RESET, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md,
 };
 use aya_ebpf::helpers::generated::{
     bpf_csum_level, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
@@ -165,8 +165,11 @@ pub trait Frame: Packet {
     /// namespace.
     fn hand_over(self, ifindex: u32, by_host_end: bool) -> i64;
 
-    /// Returns the verdict for a packet whose content has been taken and that is no longer needed.
-    fn consumed(self) -> i64;
+    /// Returns the verdict that leaves the packet to the next program, or to the host.
+    fn pass(self) -> i64;
+
+    /// Returns the verdict that frees the packet.
+    fn drop(self) -> i64;
 
     /// Returns the number of bytes that [`at`] can access.
     #[inline(always)]
@@ -283,7 +286,13 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn consumed(self) -> i64 {
+    fn pass(self) -> i64 {
+        // TCX_NEXT.
+        TC_ACT_UNSPEC.into()
+    }
+
+    #[inline(always)]
+    fn drop(self) -> i64 {
         TC_ACT_SHOT.into()
     }
 
@@ -366,7 +375,12 @@ impl Frame for *mut xdp_md {
     }
 
     #[inline(always)]
-    fn consumed(self) -> i64 {
+    fn pass(self) -> i64 {
+        xdp_action::XDP_PASS.into()
+    }
+
+    #[inline(always)]
+    fn drop(self) -> i64 {
         xdp_action::XDP_DROP.into()
     }
 

@@ -4,14 +4,14 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN};
 
 use super::frame::{Ethernet, Frame, Ipv4, Skb, at};
-use super::{Sent, checks, from_container};
+use super::{Verdict, checks, from_container};
 
 /// Last two bytes of the destination MAC address in frames from workers.
 const FROM_WORKER: u16 = u16::from_ne_bytes([BULK_MAC[4], BULK_MAC[5]]);
 
 /// Delivers a packet from a worker. The worker names the peer and has authenticated it. This
 /// program checks that the peer may use the source address.
-pub fn run(skb: Skb) -> Result<Sent, Reason> {
+pub fn run(skb: Skb) -> Result<Verdict, Reason> {
     skb.linearize((ETHERNET_LEN + IPV4_LEN) as u32)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;

@@ -10,9 +10,9 @@ use super::frame::{
     Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at,
     has_partial_checksum, redirect, redirect_peer,
 };
-use super::{Sent, arp, bulk, maps, offload_veth, partial_checksum, seal, too_big};
+use super::{Verdict, arp, bulk, maps, offload_veth, partial_checksum, seal, too_big};
 
-pub fn run(skb: Skb) -> Result<Sent, Reason> {
+pub fn run(skb: Skb) -> Result<Verdict, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
     let ethernet = at::<Ethernet>(skb, 0)?;
     // SAFETY: `at` has checked the bounds; the MAC address is at an even offset in a map.
@@ -38,7 +38,7 @@ pub fn run(skb: Skb) -> Result<Sent, Reason> {
 }
 
 #[inline(always)]
-fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
+fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Verdict, Reason> {
     let own = maps::v4(&endpoint.address).ok_or(Reason::Spoofed)?;
     let leaving = checks::leaving(skb, own)?;
     if leaving.route.kind == ROUTE_PEER {
@@ -51,13 +51,13 @@ fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Sent, Reason> {
 /// Hands a packet to a container of this host, or to the host itself, with its offloads. A partial
 /// checksum may be left to the receiver, if completing it does not change the addresses.
 #[inline(always)]
-pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reason> {
+pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Verdict, Reason> {
     let ifindex = route.target;
     let target = maps::endpoint(ifindex).ok_or(Reason::NotHere)?;
     partial_checksum::leave(skb)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
-        return Ok(Sent { counted: Some(counted), verdict: redirect(ifindex) });
+        return Ok(Verdict::Redirected(counted, redirect(ifindex)));
     }
     // SAFETY: the context is valid.
     if unsafe { (*skb).pkt_type } != PACKET_HOST {
@@ -67,14 +67,14 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Sent, Reaso
             return Err(Reason::Helper);
         }
     }
-    Ok(Sent { counted: Some(counted), verdict: redirect_peer(ifindex) })
+    Ok(Verdict::Redirected(counted, redirect_peer(ifindex)))
 }
 
 /// Sends a packet to a peer. A packet of a bulk flow goes to a worker. A single packet that is
 /// complete, or small enough to complete here, is sealed at once. All others go to `seal` through
 /// the offload veth, which segments them and completes checksums.
 #[inline(always)]
-fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reason> {
+fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Verdict, Reason> {
     let index = leaving.route.target;
     let peer = maps::peer(index).ok_or(Reason::NoRoute)?;
     // SAFETY: array map values stay valid while the program runs.
@@ -101,7 +101,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Sent, Reas
         unsafe { (&raw mut (*ethernet).destination).cast::<u16>().add(word).write_volatile(0) };
     }
     offload_veth::enter(skb, peer, leaving.source);
-    Ok(Sent { counted: None, verdict: redirect(config.offload_veth) })
+    Ok(Verdict::HandedOn(redirect(config.offload_veth)))
 }
 
 /// Returns the length in bytes, from the IP header on, of the largest packet that this one becomes.

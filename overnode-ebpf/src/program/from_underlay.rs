@@ -15,17 +15,19 @@ use super::checksum::fold;
 use super::decap::{self, OuterHeaders};
 use super::frame::{DataHeader, Frame, Ipv4, PROTOCOL_TCP, PROTOCOL_UDP, Udp, at};
 use super::handshake::Place;
-use super::{Sent, checks, cipher, handshake, maps, receive_ring, relay};
+use super::{Verdict, checks, cipher, handshake, maps, receive_ring, relay};
 
-/// Processes a packet. Returns `None` to pass it on: it is not for this program, or it is an
-/// admitted handshake message.
-pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
+/// Processes a packet. Passes on packets for other programs, and handshake messages that are
+/// admitted.
+pub fn run(frame: impl Frame) -> Result<Verdict, Reason> {
     let Some(decap) = decap::parse(frame)? else {
         if receive_ring::put(frame).transpose()?.is_some() {
-            return Ok(Some(Sent { counted: Some(Reason::BulkQueued), verdict: frame.consumed() }));
+            return Ok(Verdict::Consumed(Reason::BulkQueued));
         }
-        let Some(Place { offset, len }) = handshake::find(frame)? else { return Ok(None) };
-        return handshake::admit(frame, offset, len).map(|()| None);
+        let Some(Place { offset, len }) = handshake::find(frame)? else {
+            return Ok(Verdict::Pass);
+        };
+        return handshake::admit(frame, offset, len);
     };
     if frame.gso_size() != 0 {
         return Err(Reason::Offload);
@@ -33,10 +35,13 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     if decap.is_relayed() && !relay::is_here(frame, &decap)? {
         // XDP cannot ask the kernel for the next hop, and leaves the message to the TC program,
         // which runs after it.
-        return frame.skb().map(|skb| relay::pass_on(skb, &decap)).transpose();
+        return match frame.skb() {
+            Some(skb) => relay::pass_on(skb, &decap),
+            None => Ok(Verdict::Pass),
+        };
     }
     if decap.is_relayed() && !is_data(frame, &decap)? {
-        return handshake::admit(frame, decap.message(), decap.message_len()).map(|()| None);
+        return handshake::admit(frame, decap.message(), decap.message_len());
     }
     frame.linearize_all()?;
     let now = maps::now();
@@ -58,7 +63,7 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     }
     if decap.ciphertext_len() == 0 {
         account(peer, now, 0);
-        return Err(Reason::KeepaliveReceived);
+        return Ok(Verdict::Consumed(Reason::KeepaliveReceived));
     }
     let inner_len = inner_len(frame, &decap)?;
     let ip = at::<Ipv4>(frame, decap.message() + DATA_HEADER_LEN)?;
@@ -69,8 +74,8 @@ pub fn run(frame: impl Frame) -> Result<Option<Sent>, Reason> {
     // as busy.
     account(peer, now, if matches!(arriving, Ok(None)) { 0 } else { inner_len });
     match arriving? {
-        Some(route) => deliver(frame, &decap, route, inner_len).map(Some),
-        None => Err(probe(frame, &decap, peer, index, inner_len)?),
+        Some(route) => deliver(frame, &decap, route, inner_len),
+        None => probe(frame, &decap, peer, index, inner_len),
     }
 }
 
@@ -90,7 +95,7 @@ fn probe(
     peer: *mut Peer,
     index: u32,
     inner_len: u32,
-) -> Result<Reason, Reason> {
+) -> Result<Verdict, Reason> {
     if decap.is_relayed() {
         // A relayed probe says nothing about the direct path.
         return Err(Reason::NotHere);
@@ -124,7 +129,7 @@ fn probe(
         }
     }
     entry.submit(0);
-    Ok(Reason::ProbeReceived)
+    Ok(Verdict::Consumed(Reason::ProbeReceived))
 }
 
 /// The part of a probe that the daemon needs, from the IP header on.
@@ -221,7 +226,7 @@ fn deliver(
     decap: &OuterHeaders,
     route: &Route,
     inner_len: u32,
-) -> Result<Sent, Reason> {
+) -> Result<Verdict, Reason> {
     let text = decap.message() + DATA_HEADER_LEN;
     let ip = at::<Ipv4>(frame, text)?;
     // SAFETY: `at` has checked the bounds.
@@ -247,5 +252,5 @@ fn deliver(
     frame.set_ethernet(&endpoint.mac, &endpoint.gateway_mac)?;
     // `bpf_redirect_peer` works only between namespaces.
     let by_host_end = is_host || protocol == PROTOCOL_TCP;
-    Ok(Sent { counted: Some(Reason::Opened), verdict: frame.hand_over(ifindex, by_host_end) })
+    Ok(Verdict::Redirected(Reason::Opened, frame.hand_over(ifindex, by_host_end)))
 }

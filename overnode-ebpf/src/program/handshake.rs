@@ -17,7 +17,7 @@ use overnode_ebpf::wire::{
 };
 
 use super::frame::{Ethernet, FRAGMENT_OFFSET, Frame, Ipv4, Ipv6, PROTOCOL_UDP, Udp, at};
-use super::maps;
+use super::{Verdict, maps};
 
 /// Length of the first word of a message in bytes: its type, and three bytes that are zero in a
 /// handshake.
@@ -93,9 +93,15 @@ pub fn find(frame: impl Frame) -> Result<Option<Place>, Reason> {
     Ok(Some(Place { offset, len }))
 }
 
+/// Passes on a message for the daemon that withstands the checks.
+#[inline(always)]
+pub fn admit(frame: impl Frame, offset: usize, len: u32) -> Result<Verdict, Reason> {
+    check(frame, offset, len).map(|()| Verdict::Pass)
+}
+
 /// Checks a message for the daemon.
 #[inline(never)]
-pub fn admit(frame: impl Frame, offset: usize, len: u32) -> Result<(), Reason> {
+fn check(frame: impl Frame, offset: usize, len: u32) -> Result<(), Reason> {
     const INITIATION: u32 = TYPE_INITIATION as u32;
     const RESPONSE: u32 = TYPE_RESPONSE as u32;
     const COOKIE_REPLY: u32 = TYPE_COOKIE_REPLY as u32;

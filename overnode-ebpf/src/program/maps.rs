@@ -1,6 +1,5 @@
 //! The maps, and the operations of the programs on them. Layouts: [`overnode_ebpf::map`].
 
-use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
@@ -15,43 +14,43 @@ use overnode_ebpf::map::{
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
-#[map]
-static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
-#[map]
-static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(ENDPOINT_SLOTS, 0);
-#[map]
-static ROUTES: LpmTrie<Address, Route> = LpmTrie::with_max_entries(ROUTE_SLOTS, 0);
-// Mapped into the daemon, which changes single words of these two while programs count in them.
-#[map]
-static PEERS: Array<Peer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static SESSIONS: Array<Session> = Array::with_max_entries(SESSION_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static LOCAL_ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(LOCAL_ADDRESS_SLOTS, 0);
-#[map]
-static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0);
-#[map]
-static COOKIES: Array<u32> = Array::with_max_entries(1, 0);
-#[map]
-static PROBES: RingBuf = RingBuf::with_byte_size(PROBES_LEN, 0);
-#[map]
-static MONITOR: Array<u32> = Array::with_max_entries(REASON_SLOTS, 0);
-#[map]
-static DROPS: RingBuf = RingBuf::with_byte_size(DROPS_LEN, 0);
+/// Flags of maps by whether user space maps them into memory.
+mod flags {
+    #![expect(non_upper_case_globals, reason = "named as in the declarations")]
+    pub const Mapped: u32 = aya_ebpf::bindings::BPF_F_MMAPABLE;
+    pub const Unmapped: u32 = 0;
+}
 
-// Mapped into the worker process, which writes them.
-#[map]
-static BULK_WORKERS: Array<BulkWorker> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static BULK_PEERS: Array<BulkPeer> = Array::with_max_entries(PEER_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static BULK_RINGS: Array<BulkRing> = Array::with_max_entries(BULK_WORKER_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static BULK_MESSAGES: Array<BulkMessage> =
-    Array::with_max_entries(BULK_MESSAGE_SLOTS, BPF_F_MMAPABLE);
-#[map]
-static BULK_FLOWS: LruHashMap<BulkFlowKey, BulkFlow> =
-    LruHashMap::with_max_entries(BULK_FLOW_SLOTS, 0);
+macro_rules! statics {
+    ($(
+        $(#[doc = $doc:literal])+
+        $name:ident: $kind:ident, $key:ty => $value:ty, $entries:expr, $access:ident, $version:expr,
+        $writer:literal;
+    )+) => {$(
+        define!($name, $kind, $key, $value, $entries, flags::$access);
+    )+};
+}
+
+macro_rules! define {
+    ($name:ident, Array, $key:ty, $value:ty, $entries:expr, $flags:expr) => {
+        #[map]
+        static $name: Array<$value> = Array::with_max_entries($entries, $flags);
+    };
+    ($name:ident, PerCpuArray, $key:ty, $value:ty, $entries:expr, $flags:expr) => {
+        #[map]
+        static $name: PerCpuArray<$value> = PerCpuArray::with_max_entries($entries, $flags);
+    };
+    ($name:ident, RingBuf, $key:ty, $value:ty, $bytes:expr, $flags:expr) => {
+        #[map]
+        static $name: RingBuf = RingBuf::with_byte_size($bytes, $flags);
+    };
+    ($name:ident, $kind:ident, $key:ty, $value:ty, $entries:expr, $flags:expr) => {
+        #[map]
+        static $name: $kind<$key, $value> = $kind::with_max_entries($entries, $flags);
+    };
+}
+
+overnode_ebpf::for_each_map!(statics);
 
 /// Returns a bulk worker.
 #[inline(always)]

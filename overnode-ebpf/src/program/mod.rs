@@ -1,10 +1,11 @@
 //! The packet paths of the programs, one file each.
 //!
-//! A path returns either the fate of the packet or the [`Reason`] why it was refused. Only the
-//! entry points turn these into verdicts. Offsets are in bytes from the start of the Ethernet
-//! header.
+//! A path returns a [`Verdict`], or the [`Reason`] why the packet is dropped. [`finish`] counts
+//! either. Offsets are in bytes from the start of the Ethernet header.
 
 use overnode_ebpf::reason::Reason;
+
+use self::frame::Frame;
 
 pub mod aead_check;
 pub mod arp;
@@ -34,10 +35,38 @@ pub mod too_big;
 const CONTINUE: i64 = 0;
 const STOP: i64 = 1;
 
-/// A packet that was passed on.
-pub struct Sent {
-    /// The reason to count it under; `None` if another program counts it.
-    pub counted: Option<Reason>,
-    /// The verdict of the program. For a redirected packet, the return value of the helper.
-    pub verdict: i64,
+/// What a path did with a packet that it did not drop.
+pub enum Verdict {
+    /// Not for this program: the next one decides, or the host.
+    Pass,
+    /// The packet's content was taken and counted. The packet itself ends here.
+    Consumed(Reason),
+    /// Verdict on and counted. The second field is the return value of the redirecting helper.
+    Redirected(Reason, i64),
+    /// Verdict to another program, which counts it. The field is the return value of the helper.
+    HandedOn(i64),
+}
+
+/// Counts what a path did with a packet, or records why it dropped it, and returns the verdict of
+/// the program. Every entry point ends here. `PROGRAM` is one of the numbers in `Dropped::program`.
+#[inline(always)]
+pub fn finish<const PROGRAM: u32>(frame: impl Frame, result: Result<Verdict, Reason>) -> i64 {
+    match result {
+        Ok(Verdict::Pass) => frame.pass(),
+        Ok(Verdict::HandedOn(verdict)) => verdict,
+        Ok(Verdict::Redirected(reason, verdict)) => {
+            maps::count(reason);
+            verdict
+        }
+        Ok(Verdict::Consumed(reason)) => {
+            maps::count(reason);
+            frame.drop()
+        }
+        Err(reason) => {
+            maps::count(reason);
+            record::dropped(frame, reason, PROGRAM);
+            log::dropped::<PROGRAM>(frame, reason);
+            frame.drop()
+        }
+    }
 }

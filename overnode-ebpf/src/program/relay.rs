@@ -13,7 +13,7 @@ use overnode_ebpf::wire::{
 
 use super::decap::OuterHeaders;
 use super::frame::{Frame, Skb, at, change_protocol, drop_complete_checksum, resize};
-use super::{Sent, encap, maps};
+use super::{Verdict, encap, maps};
 
 #[repr(C)]
 struct Header {
@@ -51,7 +51,7 @@ pub fn is_here(frame: impl Frame, decap: &OuterHeaders) -> Result<bool, Reason> 
 
 /// Forwards a message to its destination or to the next relay.
 #[inline(always)]
-pub fn pass_on(skb: Skb, decap: &OuterHeaders) -> Result<Sent, Reason> {
+pub fn pass_on(skb: Skb, decap: &OuterHeaders) -> Result<Verdict, Reason> {
     skb.linearize_all()?;
     let own = maps::config().ok_or(Reason::Unconfigured)?.node_id;
     let header = at::<Header>(skb, decap.relay())?;
@@ -103,5 +103,5 @@ pub fn pass_on(skb: Skb, decap: &OuterHeaders) -> Result<Sent, Reason> {
     }
     encap::write(skb, hop, udp_len, decap.ecn())?;
     encap::finish(skb, hop)?;
-    Ok(Sent { counted: Some(Reason::Relayed), verdict: encap::send(hop) })
+    Ok(Verdict::Redirected(Reason::Relayed, encap::send(hop)))
 }

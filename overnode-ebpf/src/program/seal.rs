@@ -15,7 +15,7 @@ use super::checksum::ipv4_checksum;
 use super::frame::{
     DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize,
 };
-use super::{Sent, cipher, encap, maps, offload_veth, relay, tailroom};
+use super::{Verdict, cipher, encap, maps, offload_veth, relay, tailroom};
 
 /// Last two bytes of the destination MAC address in frames from the daemon.
 const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
@@ -61,7 +61,7 @@ impl Job {
     }
 }
 
-pub fn run(skb: Skb) -> Result<Sent, Reason> {
+pub fn run(skb: Skb) -> Result<Verdict, Reason> {
     if skb.gso_size() != 0 {
         return Err(Reason::Offload);
     }
@@ -128,7 +128,7 @@ fn of_daemon(skb: Skb) -> Result<Job, Reason> {
 /// Seals and sends a complete IPv4 packet: a single packet without a partial checksum. Nothing else
 /// writes into the packet from here on, so this is the last check of its addresses.
 #[inline(always)]
-pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
+pub fn seal(skb: Skb, job: &Job) -> Result<Verdict, Reason> {
     if job.kind == Kind::Data {
         let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
         // SAFETY: `at` has checked the bounds.
@@ -144,7 +144,7 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
     let (slot, mtu, via) = unsafe { ((*peer).tx_slot, (*peer).mtu, (*peer).via) };
     let is_probe = job.kind == Kind::Probe;
     if job.inner_len > mtu && !is_probe {
-        return Err(Reason::TooBig);
+        return Err(Reason::TooBigDropped);
     }
     let now = maps::now();
     let session = sealing_session(slot, job.peer, now)?;
@@ -196,7 +196,7 @@ pub fn seal(skb: Skb, job: &Job) -> Result<Sent, Reason> {
         Kind::Probe => (Reason::ProbeSent, 0),
     };
     account(peer, now, data_len);
-    Ok(Sent { counted: Some(counted), verdict: encap::send(hop) })
+    Ok(Verdict::Redirected(counted, encap::send(hop)))
 }
 
 #[inline(always)]

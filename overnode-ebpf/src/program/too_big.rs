@@ -6,7 +6,7 @@ use overnode_ebpf::map::{Config, Endpoint};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
 
-use super::Sent;
+use super::Verdict;
 use super::checksum::{fold, ipv4_checksum};
 use super::frame::{
     FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize,
@@ -36,12 +36,12 @@ const PULLED_LEN: usize = 160;
 /// Answers the container. `mtu` is the largest packet that fits the path, in bytes from the IP
 /// header on.
 #[inline(always)]
-pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Result<Sent, Reason> {
+pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Result<Verdict, Reason> {
     if !may_be_answered(skb)? {
-        return Err(Reason::TooBig);
+        return Err(Reason::TooBigDropped);
     }
     let (Some(source), Some(destination)) = (config.node.to_v4(), endpoint.address.to_v4()) else {
-        return Err(Reason::TooBig);
+        return Err(Reason::TooBigDropped);
     };
     resize(skb, (ETHERNET_LEN + PULLED_LEN + ANSWER_LEN) as u32)?;
     let original = at::<[u32; QUOTE_LEN / 4]>(skb, ETHERNET_LEN)?;
@@ -87,7 +87,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Resul
         let sum = bpf_csum_diff(core::ptr::null_mut(), 0, message.cast(), MESSAGE_LEN as u32, 0);
         (*icmp).checksum = !fold(sum as u64);
     }
-    Ok(Sent { counted: Some(Reason::TooBig), verdict: redirect(skb.ifindex()) })
+    Ok(Verdict::Redirected(Reason::TooBig, redirect(skb.ifindex())))
 }
 
 /// Returns true if RFC 1122 section 3.2.2 allows an answer: not to an ICMP error, and not to any

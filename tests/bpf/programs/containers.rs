@@ -300,11 +300,11 @@ fn oversized_fragments_and_icmp_errors_are_never_answered() {
     let mut fragment = to_remote(1500);
     fragment[7] = 1;
     set_ipv4_checksum(&mut fragment);
-    world.expect_drop("from_container", &from_container(&fragment), Reason::TooBig);
+    world.expect_drop("from_container", &from_container(&fragment), Reason::TooBigDropped);
     for kind in [3, 4, 5, 11, 12] {
         let mut error = vec![0; 1500];
         error[0] = kind;
         let packet = ipv4_with(CONTAINER, REMOTE, 1, &error);
-        world.expect_drop("from_container", &from_container(&packet), Reason::TooBig);
+        world.expect_drop("from_container", &from_container(&packet), Reason::TooBigDropped);
     }
 }

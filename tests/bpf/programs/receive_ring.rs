@@ -28,7 +28,7 @@ impl World {
     }
 
     fn rings(&self, count: u32) -> Vec<ReceiveRing> {
-        ReceiveRing::take_over(self.fd("BULK_INBOXES"), self.fd("BULK_MESSAGES"), count)
+        ReceiveRing::take_over(self.fd("BULK_RINGS"), self.fd("BULK_MESSAGES"), count)
             .expect("the receive rings")
     }
 
@@ -178,9 +178,9 @@ fn messages_that_do_not_fit_close_the_receive_ring() {
 fn a_full_receive_ring_keeps_its_messages() {
     let mut world = World::new(Underlay::V4);
     let start = BulkRing { head: u32::MAX - 3000, ..BulkRing::default() };
-    Array::try_from(world.ebpf.map_mut("BULK_INBOXES").expect("BULK_INBOXES"))
+    Array::try_from(world.ebpf.map_mut("BULK_RINGS").expect("BULK_RINGS"))
         .and_then(|mut map| map.set(0, start, 0))
-        .expect("BULK_INBOXES");
+        .expect("BULK_RINGS");
     let mut ring = world.ring();
     let path = path(Underlay::V4);
     let bytes = |number: u64| message(0, 50 + number as usize % 7, number);

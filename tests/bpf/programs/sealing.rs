@@ -171,7 +171,7 @@ fn segments_and_foreign_packets_are_not_sealed() {
         &from_container(&ipv4(CONTAINER, [192, 0, 2, 9].into(), 100)),
         Reason::NoRoute,
     );
-    world.expect_drop("seal", &from_container(&to_remote(MTU as usize + 1)), Reason::TooBig);
+    world.expect_drop("seal", &from_container(&to_remote(MTU as usize + 1)), Reason::TooBigDropped);
     world.expect_drop("seal", &from_container(&to_remote(100)[..60]), Reason::Malformed);
     world.change_peer(PEER, |peer| peer.present = 0);
     world.expect_drop("seal", &frame, Reason::NoRoute);

@@ -76,10 +76,7 @@ impl World {
                 self.now += Duration::from_millis(u64::from(input.short()));
                 self.ipam.handle_timeout(self.now);
                 let next = self.ipam.poll_timeout();
-                assert!(
-                    next.is_none_or(|next| next > self.now),
-                    "it would be called again at once, for ever"
-                );
+                assert!(next.is_none_or(|next| next > self.now), "the timeout does not advance");
             }
             5 => {
                 self.waiting.insert(self.ipam.allocate("container", self.now));
@@ -112,7 +109,7 @@ impl World {
         let layout = *self.ipam.layout();
         if let Ok(message) = Message::decode(bytes, &layout) {
             let encoded = message.encode();
-            assert!(encoded.len() <= bytes.len(), "the form that is sent is the shortest");
+            assert!(encoded.len() <= bytes.len(), "the encoding is not the shortest");
             assert_eq!(Message::decode(&encoded, &layout), Ok(message));
         }
         if peer != self.id
@@ -130,7 +127,7 @@ impl World {
         let ranges = self.ipam.ranges();
         self.ipam = Ipam::new(config, self.facts.values().cloned(), self.used.clone(), self.now)
             .expect("a valid network");
-        assert_eq!(self.ipam.ranges(), ranges, "what was on disk has changed");
+        assert_eq!(self.ipam.ranges(), ranges, "the restart changed the ranges");
     }
 
     /// Carries out the node's actions and checks the invariants.
@@ -149,10 +146,13 @@ impl World {
                 Action::Send { to, bytes } => {
                     assert_ne!(to, self.id);
                     assert!(bytes.len() <= MAX_MESSAGE);
-                    assert!(Message::decode(&bytes, &layout).is_ok(), "others would not read it");
+                    assert!(
+                        Message::decode(&bytes, &layout).is_ok(),
+                        "other nodes cannot decode the message"
+                    );
                 }
                 Action::Granted { request, address } => {
-                    assert!(self.waiting.remove(&request), "nobody asked");
+                    assert!(self.waiting.remove(&request), "answer to an unknown request");
                     assert!(layout.is_usable(address));
                     let is_kept =
                         layout.own_part(self.id).is_some_and(|own| own.contains(&address))
@@ -161,17 +161,19 @@ impl World {
                     assert!(is_kept, "{address} is not on disk");
                     assert!(
                         self.used.insert(address, "container".into()).is_none(),
-                        "{address} twice"
+                        "{address} was given twice"
                     );
                 }
                 Action::Failed { request, error } => {
-                    assert!(self.waiting.remove(&request), "nobody asked");
+                    assert!(self.waiting.remove(&request), "answer to an unknown request");
                     assert!(!error.to_string().chars().any(char::is_control));
                 }
                 Action::Report(problem) => assert!(!problem.to_string().is_empty()),
                 Action::Reclaimed(of) => assert_ne!(of, self.id),
                 Action::ReclaimFailed(_) | Action::Renewed(_) => {}
-                Action::MayLeave | Action::CannotLeave(_) => panic!("nobody told it to leave"),
+                Action::MayLeave | Action::CannotLeave(_) => {
+                    panic!("the node was not asked to leave")
+                }
             }
         }
         let known: Vec<_> = self.ipam.held().collect();

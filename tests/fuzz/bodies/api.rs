@@ -45,7 +45,7 @@ pub fn run(data: &[u8]) {
 /// Checks that a document that can be read is written in a form that reads back as the same value.
 fn document<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
     let Ok(document) = serde_json::from_slice::<T>(bytes) else { return };
-    let written = serde_json::to_string(&document).expect("what was read can be written");
+    let written = serde_json::to_string(&document).expect("a parsed document can be written");
     let again: T =
         serde_json::from_str(&written).unwrap_or_else(|error| panic!("{written}: {error}"));
     assert_eq!(serde_json::to_string(&again).expect("as before"), written);
@@ -61,13 +61,18 @@ fn text<T: FromStr<Err: Display> + Display + PartialEq>(bytes: &[u8]) {
             assert!(!shown.chars().any(char::is_control), "{shown:?}");
             assert!(
                 shown.parse::<T>().is_ok_and(|again| again == value),
-                "{text:?} is shown as {shown:?}"
+                "{text:?} is displayed as {shown:?}"
             );
         }
         Err(error) => {
             let words = error.to_string();
             assert!(!words.chars().any(char::is_control), "{words:?}");
-            assert!(words.len() < 2000, "{} bytes about {} bytes", words.len(), text.len());
+            assert!(
+                words.len() < 2000,
+                "an error of {} bytes for an input of {} bytes",
+                words.len(),
+                text.len()
+            );
         }
     }
 }
@@ -80,8 +85,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         (
             "launch",
             concat!(
-                r#"a{"id":7,"token":"word","hosts":["host2","10.0.0.1","fd00::1"],"nickname":"a-1","interface":"eth0","#,
-                r#""mtu":1400,"discovery":false,"xdp":true,"subnet":"10.32.0.0/12","range":"10.40.0.0/13","restart":true}"#
+                r#"a{"id":7,"token":"word","hosts":["host2","10.0.0.1","fd00::1"],"#,
+                r#""nickname":"a-1","interface":"eth0","#,
+                r#""mtu":1400,"discovery":false,"xdp":true,"subnet":"10.32.0.0/12","#,
+                r#""range":"10.40.0.0/13","restart":true}"#
             )
             .to_owned(),
         ),
@@ -89,7 +96,11 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("forget", r#"c{"hosts":["under_score"]}"#.to_owned()),
         (
             "attach",
-            r#"d{"target":"web","netns":{"path":"/proc/1/ns/net"},"address":"10.32.0.5/12","name":"w"}"#.to_owned(),
+            concat!(
+                r#"d{"target":"web","netns":{"path":"/proc/1/ns/net"},"#,
+                r#""address":"10.32.0.5/12","name":"w"}"#
+            )
+            .to_owned(),
         ),
         ("attach-process", r#"d{"target":"pid:12","netns":{"pid":12}}"#.to_owned()),
         ("detach", r#"e{"target":"netns:/run/netns/a"}"#.to_owned()),
@@ -99,7 +110,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             format!(
                 concat!(
                     r#"g{{"public_key":"{}","preshared_key":"{}","endpoint":"[fd00::1]:51820","#,
-                    r#""allowed_ips":["10.9.0.0/24","fd01::/64"],"persistent_keepalive_seconds":25,"name":"phone"}}"#
+                    r#""allowed_ips":["10.9.0.0/24","fd01::/64"],"#,
+                    r#""persistent_keepalive_seconds":25,"name":"phone"}}"#
                 ),
                 key, secret
             ),
@@ -108,8 +120,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         (
             "status",
             concat!(
-                r#"i{"node":{"id":1,"nickname":"a","state":"running"},"targets":[],"peers":[],"connections":[],"#,
-                r#""endpoints":[],"ipam":{},"external_peers":[],"counters":[{"name":"x","value":1}]}"#
+                r#"i{"node":{"id":1,"nickname":"a","state":"running"},"targets":[],"#,
+                r#""peers":[],"connections":[],"#,
+                r#""endpoints":[],"ipam":{},"external_peers":[],"#,
+                r#""counters":[{"name":"x","value":1}]}"#
             )
             .to_owned(),
         ),

@@ -100,7 +100,7 @@ fn attached(wanted: &config::Attachment) -> Attached {
         "mtu": 1420,
         "mac": "02:00:00:00:00:01",
     }))
-    .expect("an answer of the daemon")
+    .expect("a reply of the daemon")
 }
 
 fn check_added(config: &config::Config, wanted: &config::Attachment, result: &serde_json::Value) {
@@ -128,12 +128,14 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         "IgnoreUnknown=1;K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop",
     ];
     let chained = concat!(
-        r#"{"cniVersion":"1.1.0","name":"net","type":"overnode-cni","interface":"ov0","prevResult":"#,
+        r#"{"cniVersion":"1.1.0","name":"net","type":"overnode-cni","interface":"ov0","#,
+        r#""prevResult":"#,
         r#"{"cniVersion":"1.1.0","interfaces":[{"name":"eth0","sandbox":"/run/netns/a"}],"#,
         r#""ips":[{"address":"10.88.0.2/16","interface":0}]}}"#
     );
     let wished = concat!(
-        r#"{"cniVersion":"0.4.0","name":"net","runtimeConfig":{"ips":["10.32.0.7/12"],"mac":"02:00:00:00:00:07"},"#,
+        r#"{"cniVersion":"0.4.0","name":"net","#,
+        r#""runtimeConfig":{"ips":["10.32.0.7/12"],"mac":"02:00:00:00:00:07"},"#,
         r#""dns":{"nameservers":["10.0.0.1"],"search":["a.b"]},"runDir":"/run/x"}"#
     );
     let garbage = concat!(

@@ -59,7 +59,10 @@ fn cut<'a>(chunks: impl Iterator<Item = &'a [u8]>, limit: usize) -> (Vec<Vec<u8>
                 Err(_) => return (frames, true),
             }
         }
-        assert!(splitter.buffer().len() < 2 + limit, "an unfinished frame is all that is kept");
+        assert!(
+            splitter.buffer().len() < 2 + limit,
+            "the buffer keeps more than an incomplete frame"
+        );
     }
     (frames, false)
 }
@@ -82,7 +85,7 @@ fn greeting(input: &mut Input<'_>) {
             assert!(hello.nickname.len() <= MAX_NICKNAME);
             let encoded = hello.encode();
             let again = Hello::decode(&encoded, hello.public_key, mine.versions);
-            assert_eq!(again.expect("what was read can be sent"), hello);
+            assert_eq!(again.expect("a decoded message can be sent"), hello);
             refusal(mine.check(&hello));
         }
         Err(error) => refusal(Err(error)),
@@ -103,7 +106,7 @@ fn verdict(bytes: &[u8]) {
             assert!(name.len() <= MAX_NICKNAME && clean(name) == *name, "{name:?}");
         }
     }
-    assert_eq!(Verdict::decode(&verdict.encode()).expect("what was read can be sent"), verdict);
+    assert_eq!(Verdict::decode(&verdict.encode()).expect("a decoded message can be sent"), verdict);
 }
 
 /// Checks that a message survives being sent. It consists of repeated bytes so that it can be long.
@@ -113,9 +116,9 @@ fn parts(input: &mut Input<'_>) {
     let message: Vec<u8> = pattern.iter().copied().cycle().take(length).collect();
     let mut reassembler = Reassembler::default();
     let joined: Vec<_> = frame::parts(&message)
-        .filter_map(|part| reassembler.push(&part).expect("a part that was made"))
+        .filter_map(|part| reassembler.push(&part).expect("a valid part"))
         .collect();
-    assert!(joined == [message], "a message of {length} bytes");
+    assert!(joined == [message], "a message of {length} bytes was not reassembled");
 }
 
 /// Simulates both ends of a connection, with key frames that arrive intact, altered, or forged. An
@@ -140,7 +143,7 @@ fn renewals(input: &mut Input<'_>) {
             }
             1 => {
                 flying.extend(ends[0].begin().map(|offer| (1, offer)));
-                assert!(ends[1].begin().is_none(), "the responder never begins");
+                assert!(ends[1].begin().is_none(), "the responder must not start a rekey");
                 continue;
             }
             2 | 3 => {
@@ -169,8 +172,11 @@ fn renewals(input: &mut Input<'_>) {
             for (from, to) in [(0, 1), (1, 0)] {
                 let (Some(sender), Some(receiver)) = (&keys[from].0, &keys[to].1) else { continue };
                 let (mut sealed, mut opened) = ([0; 20], [0; 4]);
-                sender.write_message(0, b"text", &mut sealed).expect("there is room");
-                assert!(receiver.read_message(0, &sealed, &mut opened).is_ok(), "two sets of keys");
+                sender.write_message(0, b"text", &mut sealed).expect("the buffer has room");
+                assert!(
+                    receiver.read_message(0, &sealed, &mut opened).is_ok(),
+                    "the two ends have different keys"
+                );
             }
         }
     }

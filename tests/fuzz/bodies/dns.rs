@@ -42,10 +42,7 @@ fn query(bytes: &[u8], transport: Transport) {
     let counted = after.queries + after.refused - before.queries - before.refused;
     let sent = match step {
         Step::Ignore => {
-            assert!(
-                bytes.len() < HEADER || bytes[2] & 0x80 != 0,
-                "only what is no query is ignored"
-            );
+            assert!(bytes.len() < HEADER || bytes[2] & 0x80 != 0, "a query was ignored");
             return assert_eq!(counted, 0);
         }
         // There are no upstream resolvers.
@@ -64,12 +61,12 @@ fn check_reply(service: &Service, sent: &[u8], query: &[u8], transport: Transpor
         (Transport::Udp, None) => 512,
     };
     assert!((HEADER..=most).contains(&sent.len()), "{} bytes, {most} fit", sent.len());
-    assert_eq!(sent[..2], query[..2], "the number of the query");
+    assert_eq!(sent[..2], query[..2], "the reply has a different ID");
     assert!(
         matches!(service.begin(sent, FROM, transport), Step::Ignore),
-        "answers could go on for ever"
+        "the reply could be answered in turn"
     );
-    let reply = Message::from_vec(sent).expect("an answer can be read");
+    let reply = Message::from_vec(sent).expect("a reply can be parsed");
     assert_eq!(reply.metadata.message_type, MessageType::Response);
     assert!(reply.answers.len() <= MAX_ANSWERS);
     if let (Some(asked), [question]) = (&asked, &reply.queries[..]) {
@@ -86,15 +83,15 @@ fn answer(input: &mut Input<'_>) {
     let query = question("www.example.org.", kind & 2 != 0);
     let query = query.to_vec().expect("a query can be written");
     let Some(pending) = pending(&service, &query, transport) else {
-        panic!("nobody here knows that name")
+        panic!("the service answered a name that it does not know")
     };
     let Ok(found) = Message::from_vec(input.0) else { return };
     let sent = service.conclude(pending, Ok(found));
     check_reply(&service, &sent, &query, transport);
-    let reply = Message::from_vec(&sent).expect("an answer can be read");
+    let reply = Message::from_vec(&sent).expect("a reply can be parsed");
     let sections = [&reply.answers, &reply.authorities, &reply.additionals];
     for record in sections.into_iter().flatten() {
-        assert!(!service.directory().owns(&record.name), "{} is ours", record.name);
+        assert!(!service.directory().owns(&record.name), "{} is in one of our zones", record.name);
     }
 }
 
@@ -164,7 +161,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     };
     reply.answers = vec![record("www.example.org.", 1), record("web.overnode.local.", 2)];
     reply.additionals = vec![record("ns.weave.local.", 3)];
-    let reply = reply.to_vec().expect("an answer can be written");
+    let reply = reply.to_vec().expect("a reply can be written");
     vec![
         ("ours", query(0, "web.overnode.local.", false)),
         ("many", query(0, "many.overnode.local.", true)),

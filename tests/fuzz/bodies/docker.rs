@@ -52,7 +52,9 @@ pub fn run(data: &[u8]) {
             Ok(why) => words(&why.unwrap_or_default()),
             Err(why) => words(&why),
         },
-        3 => words(&refused("it was not done", hyper::StatusCode::CONFLICT, input.0).to_string()),
+        3 => {
+            words(&refused("the request failed", hyper::StatusCode::CONFLICT, input.0).to_string())
+        }
         _ => {}
     }
 }
@@ -107,7 +109,7 @@ fn conversation(input: &mut Input<'_>) {
         }
     }
     let again = Docker::new(settings, BTreeSet::new(), disk.clone(), now);
-    assert!(again.records().eq(disk.iter()), "a restart changes nothing");
+    assert!(again.records().eq(disk.iter()), "a restart changed the records");
 }
 
 /// Carries out a step as a node does if nothing fails.
@@ -134,7 +136,7 @@ fn carry_out(docker: &mut Docker, step: Step, number: usize, now: Instant) {
 
 fn check_record(record: &Attachment) {
     let written = serde_json::to_vec(record).expect("a record can be written");
-    let read: Attachment = serde_json::from_slice(&written).expect("and read");
+    let read: Attachment = serde_json::from_slice(&written).expect("a record can be read");
     assert_eq!(&read, record);
     assert!(record.name.as_ref().is_none_or(|name| check_name(name).is_ok()), "{record:?}");
     assert!(
@@ -146,7 +148,7 @@ fn check_record(record: &Attachment) {
     assert!(record.host_interface.len() <= 15, "{record:?}");
     if let Some(engine) = &record.engine {
         assert!(is_id(&engine.network) && is_id(&engine.endpoint), "{engine:?}");
-        assert!(engine.mac[0] & 1 == 0, "a multicast address is no interface's: {engine:?}");
+        assert!(engine.mac[0] & 1 == 0, "the interface has a multicast address: {engine:?}");
     }
 }
 
@@ -187,7 +189,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let networks =
         r#"[{"Id":"n1","Name":"overnode","Driver":"overnode","Created":"2026-01-01T00:00:00Z"}]"#;
     let pool = r#"{"Pool":"","SubPool":"","V6":false,"Options":null}"#;
-    let address = r#"{"PoolID":"overnode","Address":"","Options":{"com.docker.network.endpoint.name":"web"}}"#;
+    let address = concat!(
+        r#"{"PoolID":"overnode","Address":"","#,
+        r#""Options":{"com.docker.network.endpoint.name":"web"}}"#
+    );
     let gateway =
         r#"{"PoolID":"overnode","Options":{"RequestAddressType":"com.docker.network.gateway"}}"#;
     let told = [Input::framed(containers.as_bytes()), Input::framed(networks.as_bytes())].concat();

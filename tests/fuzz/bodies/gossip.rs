@@ -72,10 +72,7 @@ impl World {
                 self.now += Duration::from_millis(u64::from(input.short()));
                 self.gossip.handle_timeout(self.now);
                 let next = self.gossip.poll_timeout();
-                assert!(
-                    next.is_some_and(|next| next > self.now),
-                    "it would be called again at once, for ever"
-                );
+                assert!(next.is_some_and(|next| next > self.now), "the timeout does not advance");
             }
             5 => self.gossip.handle_disconnected(peer, self.now),
             6 => {
@@ -103,7 +100,7 @@ impl World {
     fn message(&mut self, peer: NodeId, bytes: &[u8]) {
         if let Ok(message) = Message::decode(bytes) {
             let encoded = message.encode();
-            assert!(encoded.len() <= bytes.len(), "the form that is sent is the shortest");
+            assert!(encoded.len() <= bytes.len(), "the encoding is not the shortest");
             assert_eq!(Message::decode(&encoded).as_ref(), Ok(&message));
             if let Message::Delta(records) = message {
                 for record in records {
@@ -134,7 +131,7 @@ impl World {
                     assert_eq!(
                         Message::decode(&encoded),
                         Ok(message),
-                        "others would cut this node off"
+                        "other nodes would disconnect this node"
                     );
                 }
                 Action::SendRouted { to, routed } => {
@@ -142,25 +139,29 @@ impl World {
                     assert_eq!(
                         RoutedMessage::decode(&routed.encode()),
                         Ok(routed),
-                        "others would cut this node off"
+                        "other nodes would disconnect this node"
                     );
                 }
                 Action::Deliver(routed) => {
                     assert_eq!(routed.to, id(OWN));
                     assert!(routed.body.len() <= MAX_BODY);
-                    assert_eq!(signed(routed.clone()).signature, routed.signature, "it was forged");
+                    assert_eq!(
+                        signed(routed.clone()).signature,
+                        routed.signature,
+                        "a forged message was delivered"
+                    );
                 }
                 Action::Changed(node) | Action::Removed(node) => {
                     assert!(self.gossip.record(node).is_some());
-                    assert_ne!(node, id(OWN), "nobody else speaks for this node");
+                    assert_ne!(node, id(OWN), "another node changed the own record");
                 }
                 Action::Contested(record) => assert_eq!(record.id, id(OWN)),
                 Action::Clash { record, .. } => assert_ne!(record.id, id(OWN)),
             }
         }
-        let own = self.gossip.record(id(OWN)).expect("the own record is always there");
+        let own = self.gossip.record(id(OWN)).expect("the own record always exists");
         assert_eq!(own.verifying_key, identity(OWN));
-        assert!(!own.left, "only this node itself says that it has left");
+        assert!(!own.left, "another node marked this node as left");
         assert!(own.incarnation <= MAX_STAMP && own.version <= MAX_STAMP);
         let others = self.gossip.records().filter(|record| record.id != id(OWN));
         let (count, bytes) =
@@ -174,7 +175,7 @@ impl World {
             assert_eq!(
                 self.gossip.paths().get(&path.via).map(|first| first.hops),
                 Some(1),
-                "not a neighbour"
+                "the next hop is not a neighbor"
             );
         }
     }

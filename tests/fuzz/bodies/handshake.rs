@@ -131,10 +131,7 @@ impl World {
         for node in 0..2 {
             self.nodes[node].handle_timeout(self.now, self.wall);
             let next = self.nodes[node].poll_timeout();
-            assert!(
-                next.is_none_or(|next| next > self.now),
-                "it would be called again at once, for ever"
-            );
+            assert!(next.is_none_or(|next| next > self.now), "the timeout does not advance");
             self.drain(node);
         }
     }
@@ -155,13 +152,13 @@ impl World {
             }
             Judgment::Drop(_) => 0,
         };
-        assert_eq!(self.counted(to), before + 1, "each datagram is counted, once");
+        assert_eq!(self.counted(to), before + 1, "each datagram must be counted once");
         let sent = self.drain(to) + replied;
-        assert!(sent <= bytes.len(), "{sent} bytes in answer to {}", bytes.len());
+        assert!(sent <= bytes.len(), "{sent} bytes in reply to {} bytes", bytes.len());
     }
 
     fn counted(&self, node: usize) -> u64 {
-        let gate = *self.gates[node].counters().lock().expect("nobody panicked");
+        let gate = *self.gates[node].counters().lock().expect("the lock is not poisoned");
         self.nodes[node].counters().plus(gate).named().map(|(_, value)| value).sum()
     }
 
@@ -183,7 +180,7 @@ impl World {
                     };
                     assert!(
                         self.sessions[1 - node].iter().any(is_its_half),
-                        "nobody has the other half"
+                        "no other node has the matching session"
                     );
                 }
                 self.sessions[node].push(session);

@@ -63,7 +63,7 @@ fn check(bytes: &[u8]) {
     assert!(captured <= DROPPED_LEN && HEADER + captured <= bytes.len());
     let mut other = bytes.to_vec();
     other[HEADER + captured..].iter_mut().for_each(|byte| *byte ^= 0xff);
-    assert_eq!(record(&other).as_ref(), Some(&seen), "what was not captured is not read");
+    assert_eq!(record(&other).as_ref(), Some(&seen), "bytes beyond the captured ones were read");
 
     let packet = packet(&seen);
     let event = MonitorEvent { unix_milliseconds: 1, what: EventKind::Drop(Box::new(packet)) };
@@ -72,7 +72,7 @@ fn check(bytes: &[u8]) {
         line.len() < LONGEST && line.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '),
         "{line}"
     );
-    assert_eq!(serde_json::from_str::<MonitorEvent>(&line).expect("and read"), event);
+    assert_eq!(serde_json::from_str::<MonitorEvent>(&line).expect("an event can be read"), event);
 }
 
 fn packet(seen: &Seen) -> DroppedPacket {
@@ -94,8 +94,8 @@ fn event(bytes: &[u8]) {
     if event.what == EventKind::Unknown {
         return;
     }
-    let line = serde_json::to_string(&event).expect("what was read can be written");
-    assert!(!line.contains('\n'), "one event a line");
+    let line = serde_json::to_string(&event).expect("a parsed event can be written");
+    assert!(!line.contains('\n'), "an event contains a line break");
     let again = serde_json::from_str::<MonitorEvent>(&line);
     assert_eq!(again.unwrap_or_else(|error| panic!("{line}: {error}")), event);
     for reason in overnode_daemon::monitor::drop_reasons() {
@@ -123,11 +123,12 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         let number = Reason::ALL.iter().position(|known| *known == reason).expect("a reason") as u8;
         [&[1, number, program], &vlan.to_le_bytes()[..], &[9], packet].concat()
     };
+    let tagged = [&[0, 5, 8, 0], &udp[..]].concat();
     let whole = made(Reason::Spoofed as u32, PROGRAM_SEAL, 0, &ethernet([8, 0], &udp), 0);
     vec![
         ("spoofed", seed(Reason::Spoofed, 0, 0, &ethernet([8, 0], &udp))),
         ("spoofed-arp", seed(Reason::Spoofed, 0, 0, &ethernet([8, 6], &arp))),
-        ("tagged", seed(Reason::Spoofed, 0, 0, &ethernet([0x81, 0], &[&[0, 5, 8, 0], &udp[..]].concat()))),
+        ("tagged", seed(Reason::Spoofed, 0, 0, &ethernet([0x81, 0], &tagged))),
         ("six", seed(Reason::Spoofed, 0, 7, &ethernet([0x86, 0xdd], &six))),
         ("no-session", seed(Reason::NoSession, 1, 0, &ethernet([8, 0], &udp))),
         ("opened", seed(Reason::ForeignSource, 2, 0, &ethernet([8, 0], &sealed))),
@@ -136,9 +137,13 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("record", [vec![0], whole].concat()),
         (
             "event",
-            b"\x02{\"unix_milliseconds\":1,\"event\":\"connected\",\"peer\":{\"id\":2},\"remote\":\"192.0.2.1:1\"}"
+            b"\x02{\"unix_milliseconds\":1,\"event\":\"connected\",\"peer\":{\"id\":2},\
+              \"remote\":\"192.0.2.1:1\"}"
                 .to_vec(),
         ),
-        ("problem", b"\x02{\"unix_milliseconds\":1,\"event\":\"problem\",\"problem\":\"x\"}".to_vec()),
+        (
+            "problem",
+            b"\x02{\"unix_milliseconds\":1,\"event\":\"problem\",\"problem\":\"x\"}".to_vec(),
+        ),
     ]
 }

@@ -44,7 +44,7 @@ pub fn run(data: &[u8]) {
                 paths.handle_timeout(now);
                 assert!(
                     paths.poll_timeout().is_some_and(|next| next > now),
-                    "it would be called for ever"
+                    "the timeout does not advance"
                 );
             }
             3 => paths.set_busy(peer, step & 0x20 == 0, now),
@@ -57,18 +57,18 @@ pub fn run(data: &[u8]) {
         while let Some(action) = paths.poll_action() {
             let Action::Send { to, bytes } = action else { continue };
             sent += 1;
-            assert!(sent <= 16, "one step makes it send and send");
+            assert!(sent <= 16, "one step sends too many probes");
             let size = bytes.len() as u32 + ENCAP_LEN;
-            let probe = Probe::decode(&bytes, size).expect("a probe that was made");
+            let probe = Probe::decode(&bytes, size).expect("a valid probe");
             match probe.kind {
                 Kind::Request => asked.push((to, probe)),
                 Kind::Answer => {
-                    assert_eq!(size, SMALLEST, "an answer is never longer than its request")
+                    assert_eq!(size, SMALLEST, "an answer is longer than its request")
                 }
             }
         }
         for peer in peers {
-            let state = paths.state(peer).expect("it was not removed");
+            let state = paths.state(peer).expect("the peer still exists");
             assert!(state.mtu <= LARGEST, "{state:?}");
         }
     }

@@ -32,7 +32,7 @@ static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     store.add_attachment(&attachment()).expect("it can be written");
     store.set_external_peer(&external()).expect("it can be written");
     drop(store);
-    fs::read(place.path().join(DATABASE)).expect("it is there")
+    fs::read(place.path().join(DATABASE)).expect("the database file exists")
 });
 
 fn place() -> tempfile::TempDir {
@@ -99,7 +99,7 @@ fn read_and_write_again(place: &Path) {
     let mut read = Vec::new();
     if let Ok(Some(identity)) = store.identity().map_err(|error| words(&error)) {
         store.set_identity(&identity, None).expect("it can be written");
-        assert_eq!(store.identity().expect("as before"), Some(identity));
+        assert_eq!(store.identity().expect("it can still be read"), Some(identity));
     }
     if let Ok(attachments) = store.attachments().map_err(|error| words(&error)) {
         for attachment in &attachments {
@@ -114,25 +114,25 @@ fn read_and_write_again(place: &Path) {
     }
     if let Ok(peers) = store.peers().map_err(|error| words(&error)) {
         store.set_peers(&peers).expect("they can be written");
-        let again = store.peers().expect("as before");
+        let again = store.peers().expect("it can still be read");
         assert!(again.iter().all(|record| peers.contains(record)));
     }
     if let Ok(peers) = store.external_peers().map_err(|error| words(&error)) {
         for peer in &peers {
             store.set_external_peer(peer).expect("it can be written");
         }
-        let again = store.external_peers().expect("as before");
+        let again = store.external_peers().expect("it can still be read");
         assert!(again.iter().all(|peer| peers.contains(peer)));
     }
     if let Ok(names) = store.names().map_err(|error| words(&error)) {
         store.set_names(&names).expect("they can be written");
-        assert_eq!(store.names().expect("as before"), names);
+        assert_eq!(store.names().expect("it can still be read"), names);
     }
     let _ = store.addresses().map_err(|error| words(&error));
     let _ = store.cursor().map_err(|error| words(&error));
     let _ = store.docker_networks().map_err(|error| words(&error));
     let _ = store.has_default_network().map_err(|error| words(&error));
-    store.targets().expect("they were left alone");
+    store.targets().expect("the targets are undamaged");
 }
 
 fn damage(bytes: &mut Vec<u8>, input: &mut Input<'_>) {
@@ -262,7 +262,7 @@ fn peer() -> Vec<u8> {
     let database = Database::open(place.path().join(DATABASE)).expect("a database");
     let read = database.begin_read().expect("a transaction");
     let value = read.open_table(PEERS).expect("a table").get(id.get()).expect("it can be read");
-    value.expect("it is there").value().to_vec()
+    value.expect("the entry exists").value().to_vec()
 }
 
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {

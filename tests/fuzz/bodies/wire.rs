@@ -51,7 +51,9 @@ fn relay(bytes: &[u8]) {
 fn bulk(bytes: &[u8]) {
     if let Some(header) = Header::from_message(bytes) {
         assert_eq!(header.to_bytes(), bytes[..HEADER_LEN]);
-        let _ = session().open(&header, &mut bytes.to_vec(), 0).expect_err("nobody has the keys");
+        let _ = session()
+            .open(&header, &mut bytes.to_vec(), 0)
+            .expect_err("a message opened without its keys");
     }
     if let Some(hello) = Hello::from_plaintext(bytes) {
         assert_eq!(Hello::from_plaintext(&hello.to_bytes()), Some(hello));

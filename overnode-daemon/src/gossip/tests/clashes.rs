@@ -208,7 +208,7 @@ impl Hosts {
                     self.hosts[place].handle_routed(sender, &routed.encode(), self.now).unwrap();
                 }
             }
-            Action::Deliver(routed) => panic!("nobody sends any: {routed:?}"),
+            Action::Deliver(routed) => panic!("unexpected routed message: {routed:?}"),
             Action::Changed(_) | Action::Removed(_) => {}
         }
     }

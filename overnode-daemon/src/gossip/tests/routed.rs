@@ -237,8 +237,12 @@ fn routed_messages_out_of_bounds_are_refused() {
 
 proptest! {
     #[test]
-    fn decoded_messages_encode_to_the_same_bytes(bytes in prop::collection::vec(any::<u8>(), 0..60), hops in 0_u8..20) {
-        for bytes in [bytes.clone(), [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 90]].concat()] {
+    fn decoded_messages_encode_to_the_same_bytes(
+        bytes in prop::collection::vec(any::<u8>(), 0..60),
+        hops in 0_u8..20,
+    ) {
+        let framed = [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 90]].concat();
+        for bytes in [bytes, framed] {
             if let Ok(routed) = RoutedMessage::decode(&bytes) {
                 prop_assert_eq!(routed.encode(), bytes);
                 prop_assert!(routed.hops <= MAX_HOPS && routed.from != routed.to);

@@ -303,7 +303,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (any::<usize>(), node.clone(), flip, 0..3_usize, any::<bool>()).prop_map(
             |(which, at, flip, cut, honest_mac)| Op::Replay { which, at, flip, cut, honest_mac }
         ),
-        6 => prop_oneof![0..100_u64, 0..10_000_u64, 0..200_000_u64].prop_map(|millis| Op::Pass { millis }),
+        6 => prop_oneof![0..100_u64, 0..10_000_u64, 0..200_000_u64]
+            .prop_map(|millis| Op::Pass { millis }),
         1 => (node.clone(), node.clone(), initiate, 0..3_u8, any::<bool>())
             .prop_map(|(at, of, initiate, key, moved)| Op::Upsert { at, of, initiate, key, moved }),
         1 => (node.clone(), node.clone()).prop_map(|(at, of)| Op::Remove { at, of }),
@@ -419,7 +420,11 @@ fn perform(world: &mut World, op: Op) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 200,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn arbitrary_bytes_have_no_effect(datagrams in proptest::collection::vec(
@@ -436,7 +441,10 @@ proptest! {
     }
 
     #[test]
-    fn no_sequence_of_events_breaks_an_invariant(seed: u64, ops in proptest::collection::vec(op(), 1..80)) {
+    fn no_sequence_of_events_breaks_an_invariant(
+        seed: u64,
+        ops in proptest::collection::vec(op(), 1..80),
+    ) {
         let mut world = World::pair(seed, Initiate::AtOnce, Initiate::AtOnce);
         world.weather = Weather { loss: 0.1, repeat: 0.1, delay: (Duration::ZERO, SECOND / 10) };
         for op in ops {

@@ -534,7 +534,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn connected_nodes_never_share_a_static_address(ops in prop::collection::vec(talking(), 0..120)) {
+    fn connected_nodes_never_share_a_static_address(
+        ops in prop::collection::vec(talking(), 0..120),
+    ) {
         let mut bench = Bench::new(1..=NODES);
         let lets_go = ops.iter().any(|op| matches!(op, Op::Release(..)));
         let mut passed = 0;
@@ -549,12 +551,14 @@ proptest! {
                 prop_assert!(holders.len() <= 1, "{} is in use on {:?}", address, holders);
             }
         }
-        let wanted: BTreeSet<_> = bench.nodes.values().flat_map(|node| node.statics.wanted()).collect();
+        let wanted: BTreeSet<_> =
+            bench.nodes.values().flat_map(|node| node.statics.wanted()).collect();
         bench.calm_down();
         // An address that was released meanwhile may have been refused to another node a moment
         // before.
         for address in wanted.into_iter().filter(|_| !lets_go) {
-            prop_assert_eq!(bench.holders(address).len(), 1, "one of several claimants must get the address");
+            let holders = bench.holders(address).len();
+            prop_assert_eq!(holders, 1, "one of several claimants must get the address");
         }
         bench.check_decided();
         for node in bench.nodes.values() {

@@ -131,7 +131,10 @@ fn a_removed_node_is_a_stranger_and_gets_nothing_more() {
 proptest! {
     #[test]
     fn arbitrary_bytes_from_a_peer_do_no_harm(
-        frames in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..80), any::<u32>(), 0u64..500), 0..60),
+        frames in prop::collection::vec(
+            (prop::collection::vec(any::<u8>(), 0..80), any::<u32>(), 0u64..500),
+            0..60,
+        ),
     ) {
         let (mut paths, mut now) = alone();
         for (bytes, received, pause) in frames {
