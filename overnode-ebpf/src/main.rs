@@ -8,9 +8,10 @@
 //! | `from_underlay` | underlay interface | opens messages of peers and delivers the packets |
 //! | `from_underlay_xdp` | underlay interface, XDP | the same |
 //! | `from_bulk` | TAP device of a bulk worker | delivers the packets that the worker opened |
+//! | `to_container` | host end of a container's veth, egress | drops what was not delivered |
 //! | `aead_check` | nothing, tests run it | seals or opens a test vector |
 //!
-//! All but `from_underlay_xdp` and `aead_check` are attached to TC ingress.
+//! All others are attached to TC ingress.
 #![cfg_attr(
     target_arch = "bpf",
     no_std,
@@ -31,10 +32,12 @@ mod entry {
     use aya_ebpf::programs::{TcContext, XdpContext};
     use overnode_ebpf::map::{
         PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
-        PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL,
+        PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER,
     };
 
-    use crate::program::{aead_check, finish, from_bulk, from_container, from_underlay, seal};
+    use crate::program::{
+        aead_check, finish, from_bulk, from_container, from_underlay, seal, to_container,
+    };
 
     #[classifier]
     pub fn from_container(ctx: TcContext) -> i32 {
@@ -64,6 +67,12 @@ mod entry {
     pub fn from_bulk(ctx: TcContext) -> i32 {
         let skb = ctx.skb.skb;
         finish::<PROGRAM_FROM_BULK>(skb, from_bulk::run(skb)) as i32
+    }
+
+    #[classifier]
+    pub fn to_container(ctx: TcContext) -> i32 {
+        let skb = ctx.skb.skb;
+        finish::<PROGRAM_TO_CONTAINER>(skb, to_container::run(skb)) as i32
     }
 
     #[classifier]

@@ -54,7 +54,8 @@ macro_rules! for_each_map {
             /// Slots of the receive rings, from [`BulkRing::first`] on.
             BULK_MESSAGES: Array, u32 => BulkMessage, BULK_MESSAGE_SLOTS, Mapped, 1, "programs";
             /// Flows that have sent large packets.
-            BULK_FLOWS: LruHashMap, BulkFlowKey => BulkFlow, BULK_FLOW_SLOTS, Unmapped, 1, "programs";
+            BULK_FLOWS: LruHashMap, BulkFlowKey => BulkFlow, BULK_FLOW_SLOTS, Unmapped, 1,
+                "programs";
         }
     };
 }
@@ -479,6 +480,8 @@ pub const PROGRAM_FROM_UNDERLAY: u32 = 2;
 pub const PROGRAM_FROM_UNDERLAY_XDP: u32 = 3;
 /// Value of [`Dropped::program`]: `from_bulk`.
 pub const PROGRAM_FROM_BULK: u32 = 4;
+/// Value of [`Dropped::program`]: `to_container`.
+pub const PROGRAM_TO_CONTAINER: u32 = 5;
 /// Flag in [`Dropped::vlan`]: the packet has a VLAN tag.
 pub const VLAN_PRESENT: u32 = 1 << 16;
 

@@ -2,7 +2,10 @@
 //! codes, per CPU.
 
 macro_rules! reasons {
-    ($($(#[doc = $doc:literal])+ $name:ident = $code:literal, $text:literal $(, $flag:ident)*;)+) => {
+    ($(
+        $(#[doc = $doc:literal])+
+        $name:ident = $code:literal, $text:literal $(, $flag:ident)*;
+    )+) => {
         /// A code of the `COUNTERS` map. Codes are never reused for another meaning.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
@@ -150,6 +153,8 @@ reasons! {
     /// Larger than the path to the peer takes, and not answered: ICMP errors and later fragments
     /// get no answer, and the path may have become narrower on the way.
     TooBigDropped = 43, "too-big-dropped", drop, worker;
+    /// Sent by a process of this host straight into the interface of a container.
+    FromHost = 44, "from-host", drop;
 }
 
 /// Entries of the `COUNTERS` map. Leaves room for the codes of later versions.

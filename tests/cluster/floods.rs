@@ -23,7 +23,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, in_lab, launch, peer, wait_for_peers,
+    MILLISECOND, TIMEOUT, TOKEN, all_reach_all, attached, in_lab, launch, launch_all, peer,
+    wait_for_peers,
 };
 
 const DATA_PORT: u16 = 6784;
@@ -274,6 +275,37 @@ fn constant_dialing_from_five_addresses_does_not_keep_out_a_slow_node() -> Resul
         );
         ensure!(attached(victim, "c").is_ok(), "the victim cannot attach a container");
         eventually(TIMEOUT, || ensure_sessions([victim, slow]))
+    })
+}
+
+/// A process without rights on a node's own host, or a container behind its address, dials the
+/// other node all the time. Sources that nodes use have slots of their own, which it competes for.
+#[test]
+fn constant_dialing_from_a_nodes_own_address_does_not_keep_it_out() -> Result<()> {
+    const PER_SECOND: u32 = 400;
+    in_lab(Lab::new("shared").hosts(2), |lab| {
+        launch_all(lab)?;
+        let [one, two] = lab.hosts() else { unreachable!("two were made") };
+        eventually(TIMEOUT, || ensure_sessions([one, two]))?;
+        one.kill_daemon()?;
+        let mut floods = Vec::new();
+        for (host, other) in [(one, two), (two, one)] {
+            let to = SocketAddr::new(other.address(), 6783);
+            floods.push(Flood::of_connections(host.netns(), v4(host)?, to, (PER_SECOND, 400), &[]));
+        }
+        std::thread::sleep(500 * MILLISECOND);
+        let begun = Instant::now();
+        one.overnode(&["resume"])?.success()?;
+        let met = wait_for_peers(one, 2);
+        let meeting = begun.elapsed();
+        let rates: Vec<_> = floods.into_iter().map(Flood::stop).collect();
+        writeln!(std::io::stderr(), "met in {meeting:?} during {rates:?} dials per second")?;
+        met?;
+        ensure!(
+            meeting < Duration::from_secs(12),
+            "it took {meeting:?} during {rates:?} dials per second"
+        );
+        Ok(())
     })
 }
 

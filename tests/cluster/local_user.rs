@@ -2,6 +2,7 @@
 //! capabilities.
 
 use std::fs;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -9,9 +10,11 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use lab::{Host, Lab, eventually};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::BindToDevice;
 use overnode_daemon::datapath::node_name;
 
-use crate::support::{TIMEOUT, TOKEN, in_lab, launch_all};
+use crate::support::{MILLISECOND, TIMEOUT, TOKEN, attached, counter, in_lab, launch_all};
 
 /// Command that runs another command as an unprivileged user.
 const STRANGER: &str = "setpriv --reuid 1000 --regid 1000 --clear-groups";
@@ -227,6 +230,47 @@ fn a_local_user_cannot_supply_a_nodes_directories() -> Result<()> {
             }
         }
         assert_eq!(host.remains()?, [""; 0]);
+        Ok(())
+    })
+}
+
+/// The host end of a container's veth is an interface of the host. A process without any right can
+/// bind a socket to it and send to broadcast and multicast addresses.
+#[test]
+fn a_process_of_the_host_cannot_send_into_a_container() -> Result<()> {
+    const PORT: u16 = 9999;
+    in_lab(Lab::new("inject").hosts(1), |lab| {
+        launch_all(lab)?;
+        let host = lab.host(1);
+        let container = attached(host, "c")?;
+        let status = host.status()?;
+        let interface = status["endpoints"][0]["interface"].as_str().context("no interface")?;
+        let interface = interface.to_owned();
+        let listener = container.netns().enter(|| {
+            let socket = UdpSocket::bind(("0.0.0.0", PORT))?;
+            socket.join_multicast_v4(&Ipv4Addr::new(224, 0, 0, 251), &Ipv4Addr::UNSPECIFIED).ok();
+            socket.set_read_timeout(Some(500 * MILLISECOND))?;
+            Ok(socket)
+        })?;
+        let before = counter(host, "from-host")?;
+        let container_address = container.address();
+        host.netns().enter(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            socket.set_broadcast(true)?;
+            setsockopt(&socket, BindToDevice, &interface.clone().into())?;
+            let targets = ["255.255.255.255", "224.0.0.1", "224.0.0.251"];
+            for target in
+                targets.map(str::to_owned).into_iter().chain([container_address.to_string()])
+            {
+                // The kernel may refuse some of them.
+                let _ = socket.send_to(b"from the host", (target.as_str(), PORT));
+            }
+            Ok(())
+        })?;
+        let mut buffer = [0; 64];
+        let received = listener.recv_from(&mut buffer);
+        ensure!(received.is_err(), "the container received {received:?}");
+        ensure!(counter(host, "from-host")? >= before + 2, "the packets were not counted");
         Ok(())
     })
 }

@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::workspace::Workspace;
-
 /// Longest line in code, comments and pages, in columns.
 const WIDTH: usize = 100;
 
@@ -19,13 +17,13 @@ const SHOWN: usize = 40;
 ///
 /// # Errors
 /// The findings, each with its file and line.
-pub fn check(workspace: &Workspace) -> Result<()> {
+pub fn check(root: &Path) -> Result<()> {
     let mut findings = Vec::new();
-    for file in files(&workspace.root)? {
+    for file in files(root)? {
         let Some(kind) = Kind::of(&file) else { continue };
         let text =
             fs::read_to_string(&file).with_context(|| format!("{} is no text", file.display()))?;
-        let name = file.strip_prefix(&workspace.root).unwrap_or(&file).display().to_string();
+        let name = file.strip_prefix(root).unwrap_or(&file).display().to_string();
         for line in too_wide(kind, &text) {
             findings.push(format!("{name}:{line}: wider than {WIDTH} columns"));
         }
@@ -35,8 +33,8 @@ pub fn check(workspace: &Workspace) -> Result<()> {
             }
         }
     }
-    for manifest in manifests(&workspace.root)? {
-        let name = manifest.strip_prefix(&workspace.root).unwrap_or(&manifest).display();
+    for manifest in manifests(root)? {
+        let name = manifest.strip_prefix(root).unwrap_or(&manifest).display();
         for dependency in unused_dependencies(&manifest)? {
             findings.push(format!("{name}: nothing uses the dependency {dependency}: remove it"));
         }
@@ -150,12 +148,7 @@ fn unused_dependencies(manifest: &Path) -> Result<Vec<String>> {
     let folder = manifest.parent().unwrap_or(Path::new("."));
     let mut sources = String::new();
     for file in files(folder)? {
-        let nested = file
-            .ancestors()
-            .skip(1)
-            .take_while(|ancestor| *ancestor != folder)
-            .any(|ancestor| ancestor.join("Cargo.toml").exists());
-        if Kind::of(&file) == Some(Kind::Rust) && !nested {
+        if Kind::of(&file) == Some(Kind::Rust) {
             sources.push_str(&fs::read_to_string(&file)?);
         }
     }
@@ -221,6 +214,12 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_repository_follows_the_rules() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize();
+        check(&root.expect("the workspace")).unwrap_or_else(|error| panic!("{error}"));
+    }
 
     #[test]
     fn wide_lines_are_found_unless_they_cannot_be_broken() {

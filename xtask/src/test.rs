@@ -41,7 +41,7 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         deny::check(workspace)?;
         step.done();
         let step = Step::start("check line widths, links between pages and unused dependencies");
-        policy::check(workspace)?;
+        policy::check(&workspace.root)?;
         step.done();
         Step::start("clippy").show(workspace.cargo().args([
             "clippy",

@@ -212,6 +212,8 @@ pub enum Program {
     FromUnderlayXdp,
     /// Delivers packets that a bulk worker opened to a container.
     FromBulk,
+    /// Lets only packets that the other programs delivered into a container.
+    ToContainer,
 }
 
 /// The headers of a dropped packet, as far as they could be parsed.

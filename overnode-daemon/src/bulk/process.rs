@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{self, Backlog, SockFlag, sockopt};
 use overnode_ebpf::reason::Reason;
+use overnode_ebpf::wire::BULK_PORT;
 use quinn_udp::Transmit;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -166,7 +167,7 @@ impl Thread {
         let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
         let public_key = PublicKey(start.public_key);
         // The generator is seeded here, before the worker's thread confines itself.
-        let gate = Gate::new(&public_key, shared.awaited.clone(), StdRng::from_os_rng());
+        let gate = Gate::new(&public_key, BULK_PORT, shared.awaited.clone(), StdRng::from_os_rng());
         let worker = Worker::new(
             number,
             handles,

@@ -107,8 +107,8 @@ impl Batch {
     /// Adds a message of `len` bytes, which `write` writes. Call [`takes`](Self::takes) before.
     ///
     /// # Errors
-    /// Returns the error of `write`, or [`Reason::TooBigDropped`] if there is no room. Nothing is added
-    /// then.
+    /// Returns the error of `write`, or [`Reason::TooBigDropped`] if there is no room. Nothing is
+    /// added then.
     pub fn add(
         &mut self,
         way: &BatchKey,
@@ -125,8 +125,8 @@ impl Batch {
     /// Sends the batch. It is empty afterwards, even on failure.
     ///
     /// # Errors
-    /// Returns [`Reason::TooBigDropped`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any other
-    /// kernel error.
+    /// Returns [`Reason::TooBigDropped`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any
+    /// other kernel error.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
         let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))

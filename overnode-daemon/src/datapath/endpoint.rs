@@ -16,7 +16,7 @@ use super::bpffs::Pin;
 use super::bulk::is_bulk_device;
 use super::interfaces::{End, Link, Mac, Netlink};
 use super::netns::{self, NetnsId, NetnsRef};
-use super::programs::{FROM_CONTAINER, detach_filter};
+use super::programs::{FROM_CONTAINER, TO_CONTAINER, detach_filter};
 use super::{Datapath, isolate_interface, mac_of, offload};
 use crate::failpoint;
 use crate::types::to_map;
@@ -256,6 +256,8 @@ impl Datapath {
         failpoint::reached("veth marked");
         self.programs.attach(FROM_CONTAINER, &host, &self.pins)?;
         failpoint::reached("from_container");
+        self.programs.attach(TO_CONTAINER, &host, &self.pins)?;
+        failpoint::reached("to_container");
         self.maps
             .set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
@@ -328,8 +330,10 @@ impl Datapath {
         let routes = self.sync_routes();
         let endpoint = self.maps.remove_endpoint(ifindex);
         failpoint::reached("endpoint forgotten");
-        self.pins.remove(&Pin::Link { ifindex, program: FROM_CONTAINER.into() })?;
-        self.pins.remove(&Pin::Filter { ifindex, program: FROM_CONTAINER.into() })?;
+        for program in [FROM_CONTAINER, TO_CONTAINER] {
+            self.pins.remove(&Pin::Link { ifindex, program: program.into() })?;
+            self.pins.remove(&Pin::Filter { ifindex, program: program.into() })?;
+        }
         self.pins.remove(&Pin::Qdisc { ifindex })?;
         routes.and(endpoint)
     }

@@ -60,7 +60,7 @@ use self::endpoint::is_ours;
 use self::interfaces::{Mac, Netlink};
 use self::maps::{Maps, pinned_mismatches};
 use self::offload_veth::OffloadVeth;
-use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL};
+use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL, TO_CONTAINER};
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
@@ -265,12 +265,15 @@ impl Datapath {
             if is_ours(link, &self.alias, &self.node) && has(FROM_CONTAINER) {
                 // On failure the interface keeps its old program, or it is about to disappear. Only
                 // this container is affected.
-                if let Err(error) = self.programs.attach(FROM_CONTAINER, link, &self.pins) {
-                    warn!(
-                        %error,
-                        interface = link.name,
-                        "keeping the program of an earlier daemon"
-                    );
+                for program in [FROM_CONTAINER, TO_CONTAINER] {
+                    if let Err(error) = self.programs.attach(program, link, &self.pins) {
+                        warn!(
+                            %error,
+                            program,
+                            interface = link.name,
+                            "keeping the program of an earlier daemon"
+                        );
+                    }
                 }
                 self.endpoints.insert(link.name.clone(), link.index);
             }

@@ -28,6 +28,7 @@ pub(super) const FROM_CONTAINER: &str = "from_container";
 pub(super) const SEAL: &str = "seal";
 /// Program at the ingress of each bulk worker's device.
 pub(super) const FROM_BULK: &str = "from_bulk";
+pub(super) const TO_CONTAINER: &str = "to_container";
 /// Program at the ingress of underlay interfaces.
 pub(super) const FROM_UNDERLAY: &str = "from_underlay";
 /// XDP version of [`FROM_UNDERLAY`].
@@ -71,7 +72,7 @@ impl Programs {
     /// Fails if the kernel refuses a map or a program. The error names what the kernel lacks.
     pub(super) fn load(object: &[u8], pins: &Pins, debug: bool, xdp: bool) -> Result<(Self, Maps)> {
         let mut ebpf = parse(object, pins, debug, VerifierLogLevel::STATS)?;
-        let mut wanted = vec![FROM_CONTAINER, SEAL, FROM_UNDERLAY, FROM_BULK];
+        let mut wanted = vec![FROM_CONTAINER, TO_CONTAINER, SEAL, FROM_UNDERLAY, FROM_BULK];
         if xdp {
             wanted.push(FROM_UNDERLAY_XDP);
         }
@@ -94,8 +95,9 @@ impl Programs {
         self.hook
     }
 
-    /// Attaches a TC program to the ingress of `link`, in front of other programs. A program that
-    /// an earlier daemon attached is replaced in one step.
+    /// Attaches a TC program to `link`, in front of other programs: to its egress if the program is
+    /// [`TO_CONTAINER`], else to its ingress. A program that an earlier daemon attached is replaced
+    /// in one step.
     pub(super) fn attach(&mut self, name: &'static str, link: &Link, pins: &Pins) -> Result<()> {
         if self.hook == Hook::Tcx {
             match self.attach_tcx(name, link, pins) {
@@ -131,7 +133,7 @@ impl Programs {
         }
         let id = program.attach_with_options(
             &link.name,
-            TcAttachType::Ingress,
+            direction(name),
             TcAttachOptions::TcxOrder(LinkOrder::first()),
         )?;
         let attached = FdLink::try_from(program.take_link(id)?).map_err(link_error)?;
@@ -160,18 +162,13 @@ impl Programs {
         mark(&Pin::Filter { ifindex: link.index, program: name.into() })?;
         let program = tc(&mut self.ebpf, name)?;
         let (priority, handle) = FILTER;
-        let old = SchedClassifierLink::attached(
-            &link.name,
-            TcAttachType::Ingress,
-            priority,
-            handle,
-            None,
-        )?;
+        let old =
+            SchedClassifierLink::attached(&link.name, direction(name), priority, handle, None)?;
         let id = match program.attach_to_link(old) {
             Ok(id) => id,
             Err(error) if is_missing(&error) => program.attach_with_options(
                 &link.name,
-                TcAttachType::Ingress,
+                direction(name),
                 TcAttachOptions::Netlink(NlOptions { priority, handle, classid: None }),
             )?,
             Err(error) => return Err(error),
@@ -233,6 +230,10 @@ impl Drop for Programs {
     }
 }
 
+fn direction(program: &str) -> TcAttachType {
+    if program == TO_CONTAINER { TcAttachType::Egress } else { TcAttachType::Ingress }
+}
+
 /// Detaches a clsact filter and removes its mark. The qdisc stays.
 pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> {
     let filter = Pin::Filter { ifindex: link.index, program: name.into() };
@@ -241,7 +242,7 @@ pub(super) fn detach_filter(name: &str, link: &Link, pins: &Pins) -> Result<()> 
     }
     let (priority, handle) = FILTER;
     let detached =
-        SchedClassifierLink::attached(&link.name, TcAttachType::Ingress, priority, handle, None)
+        SchedClassifierLink::attached(&link.name, direction(name), priority, handle, None)
             .map_err(ProgramError::from)
             .and_then(aya::programs::Link::detach);
     match detached {

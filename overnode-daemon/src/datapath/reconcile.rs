@@ -13,7 +13,7 @@ use super::endpoint::is_ours;
 use super::interfaces::Link;
 use super::netns::NetnsRef;
 use super::offload_veth::{FIRST, OffloadVeth, SECOND};
-use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL};
+use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL, TO_CONTAINER};
 use crate::types::from_map;
 
 /// A container that the node considers attached.
@@ -70,7 +70,11 @@ impl Datapath {
             let is_wanted = known_names
                 .get(link.name.as_str())
                 .is_some_and(|known| Some(known.address) == entry);
-            if is_wanted && link.is_up && self.keep_program(FROM_CONTAINER, link) {
+            if is_wanted
+                && link.is_up
+                && self.keep_program(FROM_CONTAINER, link)
+                && self.keep_program(TO_CONTAINER, link)
+            {
                 whole.insert(link.name.as_str());
                 self.endpoints.insert(link.name.clone(), link.index);
                 continue;

@@ -31,7 +31,9 @@ const COOKIE_REPLIES: [u32; 3] = [2_000, 5_000, 2_000];
 const STRANGERS_ADMITTED: u32 = 300;
 /// How long cookies are demanded after the load last exceeded the threshold.
 const LOAD_LINGERS: Duration = Duration::from_secs(1);
-/// Average interval of handshake messages that one source address may send under load.
+/// Average interval of handshake messages that one source address may send under load: from the
+/// port that nodes use, and from all its other ports together. Processes and containers that share
+/// a node's address cannot send from the node's port, so they cannot use up its allowance.
 const SOURCE_INTERVAL: Duration = Duration::from_millis(50);
 /// Maximum burst of such messages.
 const SOURCE_BURST: u32 = 5;
@@ -48,7 +50,12 @@ pub struct LoadGuard {
     secret: [u8; 32],
     secret_until: Option<Instant>,
     loads: [Load; 3],
-    sources: Sources,
+    /// The port that nodes send from.
+    port: u16,
+    /// Sources that send from that port.
+    nodes: Sources,
+    /// Sources that send from other ports.
+    others: Sources,
 }
 
 /// Classes of messages that do not compete with each other. A flood in one class leaves the others
@@ -77,14 +84,18 @@ pub enum Verdict {
 }
 
 impl LoadGuard {
-    pub fn new(own: &PublicKey) -> Self {
+    /// Guards the node with this public key, on the given UDP port.
+    pub fn new(own: &PublicKey, port: u16) -> Self {
+        let sources = || Sources::new(SOURCE_INTERVAL, SOURCE_BURST);
         Self {
             mac1_key: hash(LABEL_MAC1, own),
             cookie_key: hash(LABEL_COOKIE, own),
             secret: [0; 32],
             secret_until: None,
             loads: LOAD_THRESHOLDS.map(Load::new),
-            sources: Sources::new(SOURCE_INTERVAL, SOURCE_BURST),
+            port,
+            nodes: sources(),
+            others: sources(),
         }
     }
 
@@ -131,7 +142,9 @@ impl LoadGuard {
             };
         }
         let is_full = class == Class::Stranger && load.admitted >= STRANGERS_ADMITTED;
-        if is_full || !self.sources.allow(from.ip(), now) {
+        // The cookie proves both address and port.
+        let sources = if from.port() == self.port { &mut self.nodes } else { &mut self.others };
+        if is_full || !sources.allow(from.ip(), now) {
             return Verdict::Limited;
         }
         load.admitted += 1;
@@ -273,6 +286,8 @@ mod tests {
     use super::*;
 
     const KEY: PublicKey = PublicKey([7; 32]);
+    /// The port that nodes send from.
+    const PORT: u16 = 6784;
 
     fn from(port: u16) -> SocketAddr {
         SocketAddr::from(([192, 0, 2, 1], port))
@@ -304,7 +319,8 @@ mod tests {
 
     #[test]
     fn a_wrong_mac1_marks_a_stranger() {
-        let (mut guard, mut jar) = (LoadGuard::new(&KEY), CookieJar::new(&PublicKey([8; 32])));
+        let (mut guard, mut jar) =
+            (LoadGuard::new(&KEY, PORT), CookieJar::new(&PublicKey([8; 32])));
         let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         let bytes = sealed(&mut jar, now);
         assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Stranger);
@@ -325,7 +341,7 @@ mod tests {
 
     #[test]
     fn under_load_a_cookie_is_demanded_and_its_bearer_admitted() {
-        let (mut guard, mut jar) = (LoadGuard::new(&KEY), CookieJar::new(&KEY));
+        let (mut guard, mut jar) = (LoadGuard::new(&KEY, PORT), CookieJar::new(&KEY));
         let (now, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         guard.set_threshold(0);
         let bytes = sealed(&mut jar, now);
@@ -353,7 +369,7 @@ mod tests {
 
     #[test]
     fn load_is_measured_per_second() {
-        let mut guard = LoadGuard::new(&KEY);
+        let mut guard = LoadGuard::new(&KEY, PORT);
         guard.set_threshold(10);
         let (start, mut rng) = (Instant::now(), StdRng::seed_from_u64(1));
         let bytes = sealed(&mut CookieJar::new(&KEY), start);
@@ -369,7 +385,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_one_class_leaves_the_others_their_share() {
-        let (mut guard, mut rng) = (LoadGuard::new(&KEY), StdRng::seed_from_u64(1));
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY, PORT), StdRng::seed_from_u64(1));
         let now = Instant::now();
         let bytes = sealed(&mut CookieJar::new(&KEY), now);
         let Ok(message::Message::Initiation(parsed)) = message::parse(&bytes) else {
@@ -390,7 +406,7 @@ mod tests {
 
     #[test]
     fn many_sources_with_cookies_get_no_more_than_their_class_allows() {
-        let (mut guard, mut rng) = (LoadGuard::new(&KEY), StdRng::seed_from_u64(1));
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY, PORT), StdRng::seed_from_u64(1));
         let now = Instant::now();
         guard.set_threshold(0);
         let mut admitted = 0;
@@ -409,5 +425,28 @@ mod tests {
             admitted += u32::from(judge(&sealed(&mut jar, now)) == Verdict::Process);
         }
         assert_eq!(admitted, STRANGERS_ADMITTED);
+    }
+
+    /// A process of the node's host, or a container behind its address, has real cookies.
+    #[test]
+    fn other_ports_of_an_address_cannot_use_up_the_nodes_allowance() {
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY, PORT), StdRng::seed_from_u64(1));
+        let now = Instant::now();
+        guard.set_threshold(0);
+        let mut with_cookie = |port| {
+            let mut jar = CookieJar::new(&KEY);
+            let asked = sealed(&mut jar, now);
+            let reply = cookie(judge(&mut guard, &asked, from(port), now, &mut rng));
+            let Ok(message::Message::CookieReply(reply)) = message::parse(&reply) else { panic!() };
+            assert!(jar.put(&reply, now));
+            judge(&mut guard, &sealed(&mut jar, now), from(port), now, &mut rng)
+        };
+        let verdicts: Vec<_> = (1..1_000).map(&mut with_cookie).collect();
+        let admitted = verdicts.iter().filter(|it| **it == Verdict::Process).count();
+        assert_eq!(admitted, SOURCE_BURST as usize);
+        for _ in 0..SOURCE_BURST {
+            assert_eq!(with_cookie(PORT), Verdict::Process);
+        }
+        assert_eq!(with_cookie(PORT), Verdict::Limited);
     }
 }

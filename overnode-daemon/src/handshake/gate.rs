@@ -49,10 +49,10 @@ pub enum Priority {
 }
 
 impl Gate {
-    /// Creates the gate of the node with this public key. `rng` draws the secret behind its
-    /// cookies.
-    pub fn new(own: &PublicKey, awaited: Awaited, rng: StdRng) -> Self {
-        Self { guard: LoadGuard::new(own), awaited, rng, counters: Arc::default() }
+    /// Creates the gate of the node with this public key for datagrams to the given port. `rng`
+    /// draws the secret behind its cookies.
+    pub fn new(own: &PublicKey, port: u16, awaited: Awaited, rng: StdRng) -> Self {
+        Self { guard: LoadGuard::new(own, port), awaited, rng, counters: Arc::default() }
     }
 
     /// Judges a datagram from `from`. `is_peer` tells whether a peer is expected at that address.
@@ -182,6 +182,7 @@ impl Awaited {
 
 #[cfg(test)]
 mod tests {
+    use overnode_ebpf::wire::DATA_PORT;
     use rand::{Rng, SeedableRng};
 
     use super::super::cookie::CookieJar;
@@ -190,7 +191,7 @@ mod tests {
     const OWN: PublicKey = PublicKey([7; 32]);
 
     fn gate() -> Gate {
-        Gate::new(&OWN, Awaited::default(), StdRng::seed_from_u64(1))
+        Gate::new(&OWN, DATA_PORT, Awaited::default(), StdRng::seed_from_u64(1))
     }
 
     fn from() -> SocketAddr {

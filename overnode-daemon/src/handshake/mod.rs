@@ -33,6 +33,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
+use overnode_ebpf::wire::DATA_PORT;
 use rand::Rng;
 use rand::rngs::StdRng;
 
@@ -319,7 +320,7 @@ impl Handshakes {
     /// Creates a gate for datagrams to these handshakes. Outside of tests, `rng` must be seeded by
     /// the operating system.
     pub fn gate(&self, rng: StdRng) -> Gate {
-        Gate::new(&self.identity.public(), self.awaited.clone(), rng)
+        Gate::new(&self.identity.public(), DATA_PORT, self.awaited.clone(), rng)
     }
 
     /// Returns this node's public key.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use overnode_ebpf::map::{
     DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
-    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, VLAN_PRESENT,
+    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{
@@ -55,12 +55,13 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
         PROGRAM_FROM_UNDERLAY => Program::FromUnderlay,
         PROGRAM_FROM_UNDERLAY_XDP => Program::FromUnderlayXdp,
         PROGRAM_FROM_BULK => Program::FromBulk,
+        PROGRAM_TO_CONTAINER => Program::ToContainer,
         _ => return None,
     };
     let captured = usize::try_from(captured).ok().filter(|captured| *captured <= DROPPED_LEN)?;
     let mut headers = match program {
         Program::FromContainer => of_container(packet.get(..captured)?),
-        Program::Seal | Program::FromBulk => {
+        Program::Seal | Program::FromBulk | Program::ToContainer => {
             Headers { inner: inner_of_frame(packet.get(..captured)?), ..Headers::default() }
         }
         // The checksum is only checked after the outer headers were removed.

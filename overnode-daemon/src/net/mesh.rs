@@ -39,10 +39,11 @@ const SEGMENT: u32 = 1220;
 const MAX_TRIES: usize = 8;
 /// Interval of pings.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Limits of incoming connections from addresses where nodes are expected, per address family,
-/// until they have proven to have the token.
+/// Limits of incoming connections from addresses where nodes are expected, until they have proven
+/// to have the token. A process that shares a node's address competes with the node: it loses a
+/// place to each later connection, so the node needs it only for the time of its own handshake.
 const FROM_NODES: Limits =
-    Limits { places: 256, of_source: 32, interval: Duration::from_millis(50), burst: 128 };
+    Limits { places: 512, of_source: 128, interval: Duration::from_millis(1), burst: 256 };
 /// Limits of incoming connections from other addresses, likewise. Several nodes may share one
 /// address behind a NAT.
 const FROM_STRANGERS: Limits =
@@ -50,9 +51,10 @@ const FROM_STRANGERS: Limits =
 /// Maximum number of connections that the kernel queues until they are accepted: about 0.2 s of
 /// them at 5000 per second.
 const BACKLOG: u32 = 1024;
-/// Minimum interval between handshakes computed for strangers. A handshake costs up to 0.5 ms. Even
-/// with all places taken, a stranger waits less than two seconds for its turn.
-const STRANGER_INTERVAL: Duration = Duration::from_millis(2);
+/// Minimum interval between handshakes computed for connections of one group: from addresses where
+/// nodes are expected, and from others. A handshake costs up to 0.5 ms. Even with all places taken,
+/// a connection waits about a second for its turn.
+const TURN_INTERVAL: Duration = Duration::from_millis(2);
 /// Maximum number of refused connections queued for the node.
 const REFUSED: usize = 64;
 /// Maximum number of message bytes queued for the node from one connection. Beyond that, the
@@ -163,7 +165,8 @@ struct Shared {
     port: u16,
     events: mpsc::Sender<MeshEvent>,
     refused: mpsc::Sender<MeshEvent>,
-    strangers: Arc<Semaphore>,
+    node_turns: Arc<Semaphore>,
+    stranger_turns: Arc<Semaphore>,
     /// Remaining share of [`MAX_QUEUED_BYTES`].
     room: Arc<Semaphore>,
     next: Arc<AtomicU64>,
@@ -209,7 +212,8 @@ impl Mesh {
             port,
             events,
             refused,
-            strangers: Arc::new(Semaphore::new(1)),
+            node_turns: Arc::new(Semaphore::new(1)),
+            stranger_turns: Arc::new(Semaphore::new(1)),
             room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };
@@ -315,8 +319,9 @@ async fn welcome(
     is_known: bool,
 ) -> Option<(Ends, Link)> {
     let turn = async {
-        if !is_known && let Ok(turn) = shared.strangers.acquire().await {
-            tokio::time::sleep(STRANGER_INTERVAL).await;
+        let turns = if is_known { &shared.node_turns } else { &shared.stranger_turns };
+        if let Ok(turn) = turns.acquire().await {
+            tokio::time::sleep(TURN_INTERVAL).await;
             drop(turn);
         }
     };
@@ -567,7 +572,8 @@ mod tests {
             port: 0,
             events,
             refused,
-            strangers: Arc::new(Semaphore::new(1)),
+            node_turns: Arc::new(Semaphore::new(1)),
+            stranger_turns: Arc::new(Semaphore::new(1)),
             room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };

@@ -181,6 +181,11 @@ impl Node {
                 let sender = sender.or_else(|| at(inner.map(|inner| inner.source)));
                 (sender, inner.and_then(|inner| self.owner(inner.destination)))
             }
+            Program::ToContainer => {
+                let receiver =
+                    attached.0.values().find(|it| Some(&*it.host_interface) == interface);
+                (receiver, None)
+            }
             Program::FromBulk => (
                 at(inner.map(|inner| inner.destination)),
                 inner.and_then(|inner| self.owner(inner.source)),

@@ -6,7 +6,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ARP_LEN, ETHERNET_LEN, ETHERTYPE_IPV4};
 
 use super::Verdict;
-use super::frame::{Ethernet, Frame, Mac, Skb, at, redirect};
+use super::frame::{Ethernet, Frame, Mac, Skb, at, redirect_to_container};
 use super::maps;
 
 const HARDWARE_ETHERNET: u16 = 1;
@@ -75,7 +75,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint) -> Result<Verdict, Reason> {
         (*arp).sender_mac = gateway;
         (*arp).sender = target;
     }
-    Ok(Verdict::Redirected(Reason::Arp, redirect(skb.ifindex())))
+    Ok(Verdict::Redirected(Reason::Arp, redirect_to_container(skb, skb.ifindex())))
 }
 
 #[inline(always)]

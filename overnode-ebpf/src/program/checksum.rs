@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_loop;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::ETHERNET_LEN;
 
-use super::frame::{Ipv4, Ipv6, PROTOCOL_UDP, Skb, at};
+use super::frame::{Frame, Ipv4, Ipv6, PROTOCOL_UDP, Skb, at};
 use super::{CONTINUE, STOP};
 
 /// Folds a sum to 16 bits, until no carry is left (RFC 1071). Does not complement it.
@@ -32,6 +32,27 @@ pub fn ipv4_checksum(header: &Ipv4) -> u16 {
         word += 1;
     }
     !fold(sum)
+}
+
+/// Returns true if the sum of the IPv4 header, options included, is right. Not inlined, so that its
+/// stack is not part of the caller's frame, which is live while the cipher runs.
+#[inline(never)]
+pub fn is_ipv4_header_intact(skb: Skb) -> bool {
+    const MAX_WORDS: u32 = 15;
+    let Ok(ip) = at::<Ipv4>(skb, ETHERNET_LEN) else { return false };
+    // SAFETY: `at` has checked the bounds.
+    let words = unsafe { (*ip).header_len() } / 4;
+    if skb.linearize(ETHERNET_LEN as u32 + words * 4).is_err() {
+        return false;
+    }
+    let (mut sum, mut word) = (0, 0);
+    while word < MAX_WORDS && word < words {
+        let Ok(part) = at::<u32>(skb, ETHERNET_LEN + word as usize * 4) else { return false };
+        // SAFETY: `at` has checked the bounds.
+        sum += u64::from(unsafe { part.read_volatile() });
+        word += 1;
+    }
+    !fold(sum) == 0
 }
 
 /// Maximum bytes per loop iteration, a power of two. Larger blocks make the compiler use hundreds

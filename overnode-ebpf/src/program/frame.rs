@@ -25,6 +25,11 @@ pub type Skb = *mut __sk_buff;
 /// A MAC address, in units that are always aligned.
 pub type Mac = [u16; 3];
 
+/// Returns a MAC address in these units.
+pub const fn mac([a, b, c, d, e, f]: [u8; 6]) -> Mac {
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
+}
+
 /// Ethernet II header.
 #[repr(C)]
 pub struct Ethernet {
@@ -302,7 +307,7 @@ impl Frame for Skb {
         // (GRO). Packets that are never coalesced take the shorter path, except if the kernel must
         // parse the frame again to see that it is for the container. SAFETY: the context is valid.
         if by_host_end || unsafe { (*self).pkt_type } != PACKET_HOST {
-            return redirect(ifindex);
+            return redirect_to_container(self, ifindex);
         }
         redirect_peer(ifindex)
     }
@@ -483,6 +488,18 @@ pub fn change_protocol(skb: Skb, ethertype: u16) -> Result<(), Reason> {
     } else {
         Ok(())
     }
+}
+
+/// Mark of packets that programs deliver through a host end (`skb->mark`). Setting a mark takes
+/// CAP_NET_ADMIN or CAP_NET_RAW in the host's namespace.
+pub const DELIVERED: u32 = u32::from_be_bytes(*b"ovnd");
+
+/// Sends the packet to the container behind a host end, past `to_container`.
+#[inline(always)]
+pub fn redirect_to_container(skb: Skb, ifindex: u32) -> i64 {
+    // SAFETY: the kernel passes a valid context to the program.
+    unsafe { (*skb).mark = DELIVERED };
+    redirect(ifindex)
 }
 
 /// Sends the packet out of an interface.

@@ -3,11 +3,11 @@
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{BULK_MAC, ETHERNET_LEN, ETHERTYPE_IPV4, IPV4_LEN};
 
-use super::frame::{Ethernet, Frame, Ipv4, Skb, at};
+use super::frame::{Ethernet, Frame, Ipv4, Mac, Skb, at, mac};
 use super::{Verdict, checks, from_container};
 
-/// Last two bytes of the destination MAC address in frames from workers.
-const FROM_WORKER: u16 = u16::from_ne_bytes([BULK_MAC[4], BULK_MAC[5]]);
+/// Destination MAC address of frames from workers.
+const FROM_WORKER: Mac = mac(BULK_MAC);
 
 /// Delivers a packet from a worker. The worker names the peer and has authenticated it. This
 /// program checks that the peer may use the source address.
@@ -16,9 +16,9 @@ pub fn run(skb: Skb) -> Result<Verdict, Reason> {
     let ethernet = at::<Ethernet>(skb, 0)?;
     let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // SAFETY: `at` has checked the bounds.
-    let (mark, from, kind, sane, source, destination) = unsafe {
+    let (to, from, kind, sane, source, destination) = unsafe {
         (
-            (*ethernet).destination[2],
+            (*ethernet).destination,
             (*ethernet).source,
             u16::from_be((*ethernet).ether_type_be),
             (*ip).is_sane(skb.len() - ETHERNET_LEN as u32),
@@ -26,7 +26,7 @@ pub fn run(skb: Skb) -> Result<Verdict, Reason> {
             (*ip).destination,
         )
     };
-    if mark != FROM_WORKER || kind != ETHERTYPE_IPV4 {
+    if to != FROM_WORKER || kind != ETHERTYPE_IPV4 {
         return Err(Reason::Unsupported);
     }
     if !sane {

@@ -8,7 +8,7 @@ use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 use super::checks::{self, Leaving};
 use super::frame::{
     Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at,
-    has_partial_checksum, redirect, redirect_peer,
+    has_partial_checksum, redirect, redirect_peer, redirect_to_container,
 };
 use super::{Verdict, arp, bulk, maps, offload_veth, partial_checksum, seal, too_big};
 
@@ -57,7 +57,7 @@ pub fn hand_over(skb: Skb, route: &Route, counted: Reason) -> Result<Verdict, Re
     partial_checksum::leave(skb)?;
     skb.set_ethernet(&target.mac, &target.gateway_mac)?;
     if route.kind == ROUTE_HOST {
-        return Ok(Verdict::Redirected(counted, redirect(ifindex)));
+        return Ok(Verdict::Redirected(counted, redirect_to_container(skb, ifindex)));
     }
     // SAFETY: the context is valid.
     if unsafe { (*skb).pkt_type } != PACKET_HOST {

@@ -3,6 +3,10 @@
 
 use aya_ebpf::Global;
 use aya_log_ebpf::debug;
+use overnode_ebpf::map::{
+    PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY, PROGRAM_FROM_UNDERLAY_XDP,
+    PROGRAM_SEAL, PROGRAM_TO_CONTAINER,
+};
 use overnode_ebpf::reason::Reason;
 
 use super::frame::Frame;
@@ -17,12 +21,24 @@ pub fn dropped<const PROGRAM: u32>(frame: impl Frame, reason: Reason) {
         // Not inlined, so that its stack is not part of the caller's frame, which is live while the
         // cipher runs.
         #[inline(never)]
-        fn emit(program: u32, reason: u32, ifindex: u32, len: u32) {
+        fn emit(program: &str, reason: u32, ifindex: u32, len: u32) {
             debug!(
                 (),
-                "program {}: reason {}, interface {}, {} bytes", program, reason, ifindex, len
+                "{}: reason {}, interface {}, {} bytes", program, reason, ifindex, len
             );
         }
-        emit(PROGRAM, reason as u32, frame.ifindex(), frame.len());
+        emit(const { name(PROGRAM) }, reason as u32, frame.ifindex(), frame.len());
+    }
+}
+
+const fn name(program: u32) -> &'static str {
+    match program {
+        PROGRAM_FROM_CONTAINER => "from_container",
+        PROGRAM_SEAL => "seal",
+        PROGRAM_FROM_UNDERLAY => "from_underlay",
+        PROGRAM_FROM_UNDERLAY_XDP => "from_underlay_xdp",
+        PROGRAM_FROM_BULK => "from_bulk",
+        PROGRAM_TO_CONTAINER => "to_container",
+        _ => "unknown",
     }
 }

@@ -29,6 +29,7 @@ pub mod record;
 pub mod relay;
 pub mod seal;
 pub mod tailroom;
+pub mod to_container;
 pub mod too_big;
 
 /// Return values of `bpf_loop` callbacks (Linux 5.17): continue or stop.

@@ -11,14 +11,14 @@ use overnode_ebpf::wire::{
 };
 
 use super::checks::{self, Leaving};
-use super::checksum::ipv4_checksum;
+use super::checksum::is_ipv4_header_intact;
 use super::frame::{
-    DataHeader, Ethernet, Frame, Ipv4, Skb, adjust_room, at, change_protocol, resize,
+    DataHeader, Ethernet, Frame, Ipv4, Mac, Skb, adjust_room, at, change_protocol, mac, resize,
 };
 use super::{Verdict, cipher, encap, maps, offload_veth, relay, tailroom};
 
-/// Last two bytes of the destination MAC address in frames from the daemon.
-const FROM_DAEMON: u16 = u16::from_ne_bytes([DAEMON_MAC[4], DAEMON_MAC[5]]);
+/// Destination MAC address of frames from the daemon, in words.
+const FROM_DAEMON: Mac = mac(DAEMON_MAC);
 
 /// The kind of message to seal.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,10 +88,9 @@ fn job(skb: Skb) -> Result<Job, Reason> {
         return of_daemon(skb);
     }
     let leaving = checks::leaving(skb, mark)?;
-    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
     // On the way, the kernel completed a checksum at an offset that the container chose. It must
-    // not have changed this header. SAFETY: `at` has checked the bounds.
-    if unsafe { (*ip).version_ihl == 0x45 && ipv4_checksum(&*ip) != 0 } {
+    // not have changed this header, nor its options.
+    if !is_ipv4_header_intact(skb) {
         return Err(Reason::Checksum);
     }
     if leaving.route.kind == ROUTE_PEER { Ok(Job::data(&leaving)) } else { Err(Reason::NoRoute) }
@@ -105,7 +104,7 @@ fn of_daemon(skb: Skb) -> Result<Job, Reason> {
     // SAFETY: `at` has checked the bounds.
     let (to, from, version_ihl, total_len, sane) = unsafe {
         (
-            (*ethernet).destination[2],
+            (*ethernet).destination,
             (*ethernet).source,
             (*ip).version_ihl,
             u32::from(u16::from_be((*ip).total_len_be)),

@@ -9,7 +9,8 @@ use overnode_ebpf::wire::{ETHERNET_LEN, IPV4_LEN};
 use super::Verdict;
 use super::checksum::{fold, ipv4_checksum};
 use super::frame::{
-    FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect, resize,
+    FRAGMENT_OFFSET, Frame, Ipv4, PROTOCOL_ICMP, Skb, adjust_room, at, redirect_to_container,
+    resize,
 };
 
 const TYPE_UNREACHABLE: u8 = 3;
@@ -87,7 +88,7 @@ pub fn answer(skb: Skb, endpoint: &Endpoint, config: &Config, mtu: u32) -> Resul
         let sum = bpf_csum_diff(core::ptr::null_mut(), 0, message.cast(), MESSAGE_LEN as u32, 0);
         (*icmp).checksum = !fold(sum as u64);
     }
-    Ok(Verdict::Redirected(Reason::TooBig, redirect(skb.ifindex())))
+    Ok(Verdict::Redirected(Reason::TooBig, redirect_to_container(skb, skb.ifindex())))
 }
 
 /// Returns true if RFC 1122 section 3.2.2 allows an answer: not to an ICMP error, and not to any

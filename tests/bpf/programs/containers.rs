@@ -7,9 +7,9 @@ use overnode_ebpf::reason::Reason;
 
 use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum, to_remote};
 use crate::world::{
-    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC,
-    NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, UNATTACHED, Underlay,
-    World,
+    CONTAINER, CONTAINER_MAC, GATEWAY_MAC, Hook, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC,
+    NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, TC_ACT_SHOT, UNATTACHED,
+    Underlay, World,
 };
 
 #[test]
@@ -307,4 +307,18 @@ fn oversized_fragments_and_icmp_errors_are_never_answered() {
         let packet = ipv4_with(CONTAINER, REMOTE, 1, &error);
         world.expect_drop("from_container", &from_container(&packet), Reason::TooBigDropped);
     }
+}
+
+/// The host end of a veth is an interface of the host, to which any of its processes can send.
+#[test]
+fn only_packets_that_programs_delivered_enter_a_container() {
+    let world = World::new(Underlay::V4);
+    let frame = from_container(&ipv4(REMOTE, CONTAINER, 100));
+    for mark in [[0; 4], [1, 0, 0, 0], CONTAINER.octets()] {
+        let before = world.count(Reason::FromHost);
+        let output = world.run_marked("to_container", &frame, 0, mark);
+        assert_eq!((output.verdict, world.count(Reason::FromHost)), (TC_ACT_SHOT, before + 1));
+    }
+    let delivered = u32::from_be_bytes(*b"ovnd").to_ne_bytes();
+    assert_eq!(world.run_marked("to_container", &frame, 0, delivered).verdict, Hook::Tc.passed());
 }

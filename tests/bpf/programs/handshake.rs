@@ -155,7 +155,8 @@ fn cookie_replies_are_rate_limited() {
         let begun = Instant::now();
         let passed =
             (0..4000).filter(|_| world.receive(hook, &frame).verdict == hook.passed()).count();
-        let most = 1024 + begun.elapsed().as_millis() as usize;
+        // The allowance refills in whole units of 1.05 ms. The first and the last may be partial.
+        let most = 1024 + begun.elapsed().as_millis() as usize + 2;
         assert!((1024..=most.min(3999)).contains(&passed), "{passed} in {:?}", begun.elapsed());
         assert_eq!(world.counts(), [(Reason::CookieFlood, 4000 - passed as u64)]);
         std::thread::sleep(std::time::Duration::from_millis(20));

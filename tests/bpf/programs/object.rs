@@ -36,7 +36,8 @@ fn every_program_fits_the_verifier_budget() {
                 "from_container",
                 "from_underlay",
                 "from_underlay_xdp",
-                "seal"
+                "seal",
+                "to_container"
             ]
         );
     }
@@ -49,8 +50,15 @@ fn every_program_fits_the_verifier_budget() {
 fn two_frames_fit_the_stack_of_old_kernels() {
     const BUDGET: u64 = 450;
     let frames = stack_frames(overnode_daemon::PROGRAMS);
-    let entries =
-        ["from_bulk", "from_container", "seal", "from_underlay", "from_underlay_xdp", "aead_check"];
+    let entries = [
+        "from_bulk",
+        "from_container",
+        "seal",
+        "from_underlay",
+        "from_underlay_xdp",
+        "to_container",
+        "aead_check",
+    ];
     let deepest = |entry: bool| {
         frames
             .iter()

@@ -4,7 +4,9 @@ use overnode_ebpf::map::{ROUTE_PEER, SESSION_FREE, SESSION_UNCONFIRMED};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{REJECT_AFTER_MESSAGES, daemon_header};
 
-use crate::packet::{Sealed, ethernet, from_container, ipv4, open, padded, to_remote};
+use crate::packet::{
+    Sealed, ethernet, from_container, ipv4, open, padded, set_ipv4_checksum, to_remote,
+};
 use crate::world::{
     CONTAINER, MTU, NEIGHBOUR, NODE, OTHER_REMOTE, PEER, PEER_NODE, REMOTE, REMOTE_INDEX, SLOT,
     TC_ACT_REDIRECT, TC_ACT_SHOT, TX_KEY, UNATTACHED, UNDERLAYS, Underlay, World, boot_ns,
@@ -175,6 +177,46 @@ fn segments_and_foreign_packets_are_not_sealed() {
     world.expect_drop("seal", &from_container(&to_remote(100)[..60]), Reason::Malformed);
     world.change_peer(PEER, |peer| peer.present = 0);
     world.expect_drop("seal", &frame, Reason::NoRoute);
+}
+
+/// Containers choose where the kernel completes a checksum, also among the options of the header.
+#[test]
+fn packets_whose_header_changed_in_the_offload_veth_are_not_sealed() {
+    let world = World::new(Underlay::V4);
+    for words in 5..=15_u8 {
+        let mut packet = to_remote(200);
+        packet[0] = 0x40 | words;
+        // End of the options (RFC 791).
+        packet[20..usize::from(words) * 4].fill(0);
+        set_ipv4_checksum(&mut packet);
+        assert_eq!(world.run("seal", &from_container(&packet)).verdict, TC_ACT_REDIRECT, "{words}");
+        let addresses = 12..20;
+        for byte in (1..usize::from(words) * 4).filter(|at| !addresses.contains(at)) {
+            // Lengths are checked before.
+            if [2, 3].contains(&byte) {
+                continue;
+            }
+            let mut packet = packet.clone();
+            packet[byte] ^= 0x40;
+            world.expect_drop("seal", &from_container(&packet), Reason::Checksum);
+        }
+    }
+}
+
+/// Any process of the host can send to the interface, for example to 224.0.0.1. The destination's
+/// MAC address then ends like that of the daemon's frames.
+#[test]
+fn only_the_daemons_own_destination_makes_a_frame_the_daemons() {
+    let world = World::new(Underlay::V4);
+    let own = daemon_header(PEER, true);
+    for byte in 0..6 {
+        let mut header = own;
+        header[byte] ^= 1;
+        let frame = [&header[..], &ipv4(NODE, PEER_NODE, 100)].concat();
+        let output = world.run_marked("seal", &frame, 0, [0; 4]);
+        assert_eq!(output.verdict, TC_ACT_SHOT, "byte {byte}");
+    }
+    assert_eq!(world.counts(), [(Reason::Unsupported, 6)]);
 }
 
 /// Two threads share one session, and every counter is used once.

@@ -137,11 +137,18 @@ pub fn each(test: impl Fn(Hook, Underlay, World)) {
 }
 
 /// All programs, for [`load`].
-pub const ALL: &[&str] =
-    &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "aead_check"];
+pub const ALL: &[&str] = &[
+    "from_container",
+    "seal",
+    "from_underlay",
+    "from_underlay_xdp",
+    "from_bulk",
+    "to_container",
+    "aead_check",
+];
 /// The programs that packets run through.
 const PATHS: &[&str] =
-    &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
+    &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "to_container"];
 
 /// Loads these programs.
 pub fn load(debug: u8, names: &[&str]) -> Ebpf {

@@ -6,19 +6,20 @@ use overnode_daemon::monitor::decode::{Seen, record};
 use overnode_daemon::text::is_harmless;
 use overnode_ebpf::map::{
     DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
-    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, VLAN_PRESENT,
+    PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::Relay;
 
 use super::input::Input;
 
-const PROGRAMS: [u32; 5] = [
+const PROGRAMS: [u32; 6] = [
     PROGRAM_FROM_CONTAINER,
     PROGRAM_SEAL,
     PROGRAM_FROM_UNDERLAY,
     PROGRAM_FROM_UNDERLAY_XDP,
     PROGRAM_FROM_BULK,
+    PROGRAM_TO_CONTAINER,
 ];
 /// Length in bytes of a record's header.
 const HEADER: usize = 32;
