@@ -10,10 +10,11 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, header};
 use hyper_util::rt::TokioIo;
-use overnode_daemon::api::{self, ApiError, ErrorKind, error::ErrorBody};
-use overnode_daemon::trust;
-use serde::Serialize;
+use overnode_api::error::ErrorBody;
+use overnode_api::{self as api, ApiError, ErrorKind, Route, routes};
+use overnode_trust as trust;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::net::UnixStream;
 
 use crate::failure::Failure;
@@ -108,43 +109,45 @@ impl Client {
     ///
     /// # Errors
     /// Fails with a message for the user. [`Self::try_get`] tells the causes apart.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.try_get(path).await.map_err(|why| self.explain(why))
+    pub async fn get<R: Route<Request = ()>>(&self) -> Result<R::Answer, Failure> {
+        self.try_get::<R>().await.map_err(|why| self.explain(why))
+    }
+
+    /// Sends a GET request and returns the answer as it is, with fields that this version does not
+    /// know.
+    ///
+    /// # Errors
+    /// Fails with a message for the user.
+    pub async fn document<R: Route<Request = ()>>(&self) -> Result<Value, Failure> {
+        let answer = self.ask(Method::GET, R::PATH, Bytes::new()).await;
+        answer.map_err(|why| self.explain(why))
     }
 
     /// Sends a POST request.
     ///
     /// # Errors
     /// Fails with a message for the user. [`Self::try_post`] tells the causes apart.
-    pub async fn post<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        body: &impl Serialize,
-    ) -> Result<T, Failure> {
-        self.try_post(path, body).await.map_err(|why| self.explain(why))
+    pub async fn post<R: Route>(&self, body: &R::Request) -> Result<R::Answer, Failure> {
+        self.try_post::<R>(body).await.map_err(|why| self.explain(why))
     }
 
     /// Sends a POST request.
     ///
     /// # Errors
     /// Fails with an [`RequestError`], which tells the causes apart.
-    pub async fn try_post<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        body: &impl Serialize,
-    ) -> Result<T, RequestError> {
+    pub async fn try_post<R: Route>(&self, body: &R::Request) -> Result<R::Answer, RequestError> {
         let body = serde_json::to_vec(body).map_err(|error| {
             RequestError::Broken(format!("the request cannot be encoded as JSON: {error}"))
         })?;
-        self.ask(Method::POST, path, body.into()).await
+        self.ask(Method::POST, R::PATH, body.into()).await
     }
 
     /// Sends a GET request.
     ///
     /// # Errors
     /// Fails with an [`RequestError`], which tells the causes apart.
-    pub async fn try_get<T: DeserializeOwned>(&self, path: &str) -> Result<T, RequestError> {
-        self.ask(Method::GET, path, Bytes::new()).await
+    pub async fn try_get<R: Route<Request = ()>>(&self) -> Result<R::Answer, RequestError> {
+        self.ask(Method::GET, R::PATH, Bytes::new()).await
     }
 
     /// Sends a GET request for a streamed answer.
@@ -182,7 +185,7 @@ impl Client {
             // A killed process accepts requests and keeps its lock until the kernel has closed all
             // of its descriptors.
             let may_be_ending = begun.elapsed() < KILL_GRACE_PERIOD;
-            match self.try_get("/v1/version").await {
+            match self.try_get::<routes::Version>().await {
                 Ok(version) => return Ok(Some(version)),
                 Err(RequestError::NotRunning) => match Presence::of(&self.state_dir) {
                     Presence::NotListening(_) if may_be_ending => {}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use overnode_daemon::api::{ApiError, ErrorKind};
+use overnode_api::{ApiError, ErrorKind};
 
 /// Why a command failed: one line "what: why: what to do", and an exit status.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use overnode_daemon::trust;
+use overnode_trust as trust;
 
 use crate::failure::Failure;
 use crate::options::Cli;

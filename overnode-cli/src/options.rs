@@ -9,11 +9,12 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use ipnet::IpNet;
-use overnode_daemon::api::{Host, Target};
-use overnode_daemon::bulk::control::Mode;
-use overnode_daemon::dns::Domain;
-use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
-use overnode_daemon::types::{NodeId, PublicKey};
+use overnode_api::bulk::Mode;
+use overnode_api::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use overnode_api::{Host, Target};
+use overnode_ebpf::reason::Reason;
+use overnode_types::name::Domain;
+use overnode_types::{NodeId, PublicKey};
 
 use crate::failure::Failure;
 
@@ -620,12 +621,15 @@ fn width() -> Option<u16> {
 }
 
 fn name(text: &str) -> Result<String, String> {
-    overnode_daemon::api::check_name(text).map_err(|error| error.to_string())?;
+    overnode_api::check_name(text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
 }
 
 fn reason(text: &str) -> Result<String, String> {
-    let known: Vec<&str> = overnode_daemon::monitor::drop_reasons().collect();
+    let known: Vec<&str> = {
+        let drops = Reason::ALL.iter().filter(|reason| reason.is_drop());
+        drops.map(|reason| reason.as_str()).collect()
+    };
     if known.contains(&text) {
         return Ok(text.to_owned());
     }

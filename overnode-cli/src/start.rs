@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use overnode_daemon::api::Version;
-use overnode_daemon::{node, trust};
+use overnode_api::{Version, routes};
+use overnode_trust as trust;
 
 use crate::client::{Client, POLL, RequestError};
 use crate::failure::Failure;
@@ -118,8 +118,8 @@ impl Before {
         }
         // A daemon that got as far as creating a database may have created more than files.
         if self.presence == Presence::Never && presence == Presence::Stopped {
-            node::reset_offline(state_dir, run_dir, true).await.map_err(|error| {
-                Failure::failed(format_args!("{error:#}; run `overnode reset` to try again"))
+            offline(context, &["reset", "--force"]).map_err(|error| {
+                Failure::failed(format_args!("{error}; run `overnode reset` to try again"))
             })?;
         }
         if !self.state_dir {
@@ -134,6 +134,28 @@ impl Before {
     }
 }
 
+/// Has the daemon's program do something while no daemon runs. `words` is one of its commands.
+///
+/// # Errors
+/// Returns why it failed, without a full stop.
+pub fn offline(context: &Context, words: &[&str]) -> Result<(), String> {
+    let program = find_daemon().map_err(|error| error.to_string())?;
+    let output = Command::new(&program)
+        .arg("--state-dir")
+        .arg(&context.state_dir)
+        .arg("--run-dir")
+        .arg(&context.run_dir)
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{} cannot be started: {error}", program.display()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(reason_in(&said).unwrap_or_else(|| format!("{} failed", program.display())))
+}
+
 /// Waits until a daemon that announced its end has ended, then removes what starting it created.
 ///
 /// # Errors
@@ -141,7 +163,7 @@ impl Before {
 pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
     let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
     while runs(pid)
-        || client.try_get::<Version>("/v1/version").await.is_ok_and(|version| version.pid == pid)
+        || client.try_get::<routes::Version>().await.is_ok_and(|version| version.pid == pid)
     {
         if Instant::now() > deadline {
             return Err(Failure::failed(format_args!(
@@ -201,7 +223,7 @@ impl Started {
         loop {
             // A daemon that ends during startup may have accepted the request and broken the
             // connection. Only its log tells the real reason.
-            match client.try_get::<Version>("/v1/version").await {
+            match client.try_get::<routes::Version>().await {
                 Ok(version) => return Ok(version),
                 Err(why @ (RequestError::Denied | RequestError::Stranger(_))) => {
                     return Err(client.explain(why));
@@ -235,7 +257,7 @@ impl Started {
     }
 
     async fn ended_early(&self, client: &Client, status: &str) -> Result<Version, Failure> {
-        match client.try_get::<Version>("/v1/version").await {
+        match client.try_get::<routes::Version>().await {
             Ok(version) => Ok(version),
             Err(_) => Err(Failure::failed(format_args!(
                 "the daemon did not start: {} ({status})",

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use overnode_api::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 
 use crate::failure::Failure;
 use crate::options::Context;

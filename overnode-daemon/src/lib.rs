@@ -26,9 +26,6 @@ pub mod path;
 pub mod routing;
 mod sources;
 pub mod store;
-pub mod text;
-pub mod trust;
-pub mod types;
 
 /// The eBPF object file that `build.rs` compiled.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(env!("OVERNODE_EBPF_OBJECT"));

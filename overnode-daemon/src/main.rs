@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nix::sys::stat::{Mode, umask};
-use overnode_daemon::{bulk, node, options::Options, trust};
+use overnode_daemon::options::{Offline, Options};
+use overnode_daemon::{bulk, datapath, node};
+use overnode_trust as trust;
 
 fn main() -> ExitCode {
     // Do this in the daemon and in the worker process, before there is anything in memory or on
@@ -37,7 +39,16 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         };
-    match runtime.block_on(node::run(options)) {
+    let running = async {
+        match &options.command {
+            None => node::run(options).await,
+            Some(Offline::Reset { force }) => {
+                node::reset_offline(&options.state_dir, &options.run_dir, *force).await
+            }
+            Some(Offline::DeleteInterface { address }) => datapath::cut(*address).await.map(drop),
+        }
+    };
+    match runtime.block_on(running) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");

@@ -1,17 +1,12 @@
 //! The daemon's own command line.
 
-use std::net::{AddrParseError, SocketAddr};
+use std::net::{AddrParseError, IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use overnode_api::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 
 use crate::docker;
-
-/// The default state directory.
-pub const DEFAULT_STATE_DIR: &str = "/var/lib/overnode";
-
-/// The default directory of the socket.
-pub const DEFAULT_RUN_DIR: &str = "/run/overnode";
 
 /// The environment variable with the directory in which a Docker engine looks for plugins.
 pub const DOCKER_PLUGINS: &str = "OVERNODE_DOCKER_PLUGINS";
@@ -70,6 +65,26 @@ pub struct Options {
     /// Log without colors; NO_COLOR in the environment does the same
     #[arg(long)]
     pub no_color: bool,
+
+    /// What to do instead of running a node.
+    #[command(subcommand)]
+    pub command: Option<Offline>,
+}
+
+/// Tasks for a node whose daemon does not run. `overnode` starts them.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Subcommand)]
+pub enum Offline {
+    /// Destroy the node
+    Reset {
+        /// Even if containers are attached
+        #[arg(long)]
+        force: bool,
+    },
+    /// Delete the interface of the container that has this address
+    DeleteInterface {
+        /// The container's address
+        address: IpAddr,
+    },
 }
 
 impl Options {

@@ -25,13 +25,14 @@ use redb::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use record::{Attachment, CniEndpoint, EngineEndpoint, ExternalPeer, Identity, Kind, Known};
+pub use overnode_api::{CniEndpoint, Kind};
+pub use record::{Attachment, EngineEndpoint, ExternalPeer, Identity, Known};
 
-use crate::gossip;
 use crate::ipam;
-use crate::text::reason;
-use crate::trust::{self, Untrusted};
-use crate::types::{NodeId, PeerIndex, Secret};
+use overnode_trust::{self as trust, Untrusted};
+use overnode_types::name::Named;
+use overnode_types::text::reason;
+use overnode_types::{NodeId, PeerIndex, Secret};
 
 /// Version of the table layout. A database with another version is refused.
 pub const SCHEMA: u32 = 3;
@@ -390,7 +391,7 @@ impl Store {
     ///
     /// # Errors
     /// Returns [`StoreError::Damaged`] if they cannot be read.
-    pub fn names(&self) -> Result<Vec<gossip::Named>> {
+    pub fn names(&self) -> Result<Vec<Named>> {
         Ok(self.get_meta("names")?.unwrap_or_default())
     }
 
@@ -398,7 +399,7 @@ impl Store {
     ///
     /// # Errors
     /// Returns [`StoreError::Write`] if the transaction fails.
-    pub fn set_names(&self, names: &[gossip::Named]) -> Result<()> {
+    pub fn set_names(&self, names: &[Named]) -> Result<()> {
         self.change(|change| {
             change.open_table(META)?.insert("names", encode(&names).as_slice())?;
             Ok(())

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use aya::maps::Array;
 use datapath_support::{Host, Namespace, Pair, addr, ip, ip_output, reexec, run};
 use overnode_daemon::datapath::{Attachment, Datapath, Hook, KnownEndpoint, LinkEvent, NetnsRef};
-use overnode_daemon::types::{PeerIndex, PublicKey};
+use overnode_types::{PeerIndex, PublicKey};
 
 #[test]
 fn containers_reach_each_other_over_ipv4() {

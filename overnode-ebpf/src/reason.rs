@@ -26,7 +26,14 @@ macro_rules! reasons {
             }
 
             const fn flags(self) -> Flags {
-                match self { $(Self::$name => Flags { $($flag: true,)* ..Flags::NONE }),+ }
+                match self {
+                    $(Self::$name => {
+                        #[allow(unused_mut, reason = "some reasons have no flag")]
+                        let mut flags = Flags::NONE;
+                        $(flags.$flag = true;)*
+                        flags
+                    }),+
+                }
             }
         }
     };

@@ -18,7 +18,7 @@ use lab::ping::Pinging;
 use lab::rough::Roughness;
 use lab::{Host, Lab, eventually};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use overnode_daemon::types::PublicKey;
+use overnode_types::PublicKey;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

@@ -8,8 +8,8 @@ use aya::maps::{Array, Map, MapData};
 use lab::{Host, Lab, eventually};
 use overnode_daemon::control::key;
 use overnode_daemon::store::Store;
-use overnode_daemon::types::PublicKey;
 use overnode_ebpf::map::Session;
+use overnode_types::PublicKey;
 use serde_json::Value;
 
 use crate::support::{TIMEOUT, TOKEN, attached, in_lab, launch, peer};

@@ -15,7 +15,7 @@ use overnode_daemon::control::session::{self, ConnectOptions, Link, LocalIdentit
 use overnode_daemon::gossip::{Message, Record, Signature, Signer};
 use overnode_daemon::ipam::{Change, Fact};
 use overnode_daemon::store::Store;
-use overnode_daemon::types::{Network, NodeId, Secret, VerifyingKey};
+use overnode_types::{Network, NodeId, Secret, VerifyingKey};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::spoofing::{datagram, own_mac};

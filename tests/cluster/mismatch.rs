@@ -8,7 +8,7 @@ use lab::{Host, Lab, eventually};
 use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
 use overnode_daemon::control::key;
 use overnode_daemon::control::session::{self, ConnectOptions, LocalIdentity, Role};
-use overnode_daemon::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 

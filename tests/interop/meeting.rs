@@ -10,9 +10,9 @@ use ipnet::IpNet;
 use lab::flow::{self, Amount};
 use lab::wireguard::{Configuration, Device, Peer, Stock, key_pair};
 use lab::{Container, Entry, Family, Host, Lab, gateway};
-use overnode_daemon::types::PublicKey;
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::DATA_PORT;
+use overnode_types::PublicKey;
 
 use crate::MTU;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use overnode_daemon::ipam::Fact;
-use overnode_daemon::types::NodeId;
+use overnode_types::NodeId;
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 

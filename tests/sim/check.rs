@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use overnode_daemon::ipam::quarters;
-use overnode_daemon::types::NodeId;
+use overnode_types::NodeId;
 
 use crate::world::World;
 

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use overnode_daemon::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
 use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
 use overnode_daemon::routing::Routing;
-use overnode_daemon::types::{Network, NodeId, Secret, VerifyingKey};
+use overnode_types::{Network, NodeId, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 
 /// The data that survives a crash, exactly as it was written.

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use overnode_daemon::ipam::{
     Fact, Key, LenderRole, Loan, Message, Objection, Round, Title, quarters,
 };
-use overnode_daemon::types::NodeId;
+use overnode_types::NodeId;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 

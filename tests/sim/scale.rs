@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use overnode_daemon::ipam::{Layout, Timing};
-use overnode_daemon::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 use rand::Rng;
 
 use crate::world::{Event, Sabotage, Settings, World};

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use overnode_daemon::gossip::{self, Verified};
 use overnode_daemon::ipam::{self, Fact, Key, Layout, Problem, Timing, quarters};
-use overnode_daemon::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

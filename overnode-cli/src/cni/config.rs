@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use overnode_daemon::api::{self, CniEndpoint, Target};
-use overnode_daemon::datapath::CONTAINER_INTERFACE;
-use overnode_daemon::text::{harmless, quoted, reason};
+use overnode_api::CONTAINER_INTERFACE;
+use overnode_api::{self as api, CniEndpoint, Target};
+use overnode_types::text::{harmless, quoted, reason};
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -18,14 +18,15 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use overnode_daemon::api::{
-    self, Attached, Detached, EndpointState, EndpointStatus, ErrorKind, Primed, Status,
+use overnode_api::{
+    self as api, Attached, EndpointState, EndpointStatus, ErrorKind, Primed, routes,
 };
-use overnode_daemon::options::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use overnode_api::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use serde_json::{Value, json};
 
 use crate::client::{Client, RequestError};
 use crate::options::Context;
+use crate::start;
 use config::{Attachment, Command, Config, INPUT_LIMIT, NEWEST, Task, VERSIONS};
 use error::{CniError, Code};
 
@@ -100,7 +101,7 @@ fn answer(
         color: false,
         width: None,
     };
-    let node = Node { client: Client::new(&context) };
+    let node = Node { client: Client::new(&context), context };
     runtime.block_on(async {
         match task {
             Task::Add(wanted) => node.add(version, &config, &wanted).await.map(Some),
@@ -123,6 +124,7 @@ fn versions(input: &[u8]) -> Result<Value, CniError> {
 
 struct Node {
     client: Client,
+    context: Context,
 }
 
 impl Node {
@@ -142,13 +144,13 @@ impl Node {
             name: wanted.name.clone(),
             cni: Some(api::CniAttach { endpoint: wanted.endpoint.clone(), mac: wanted.mac }),
         };
-        let attached: Attached = match self.client.try_post("/v1/attach", &request).await {
+        let attached: Attached = match self.client.try_post::<routes::Attach>(&request).await {
             Ok(attached) => attached,
             Err(why) => return Err(self.not_added(why).await),
         };
         let dns = match &config.dns {
             Some(_) => None,
-            None => self.client.try_get::<Status>("/v1/status").await.ok().map(|status| status.dns),
+            None => self.client.try_get::<routes::Status>().await.ok().map(|status| status.dns),
         };
         let result = result::added(version, config, wanted, &attached, dns.as_ref());
         if result.is_err() {
@@ -164,7 +166,7 @@ impl Node {
             RequestError::Refused(refusal) => match refusal.kind {
                 ErrorKind::Usage => Code::Config,
                 ErrorKind::Missing => Code::UnknownContainer,
-                ErrorKind::Refused => match self.client.try_get::<Primed>("/v1/prime").await {
+                ErrorKind::Refused => match self.client.try_get::<routes::Prime>().await {
                     Ok(Primed { ready: false, .. }) => Code::TryAgain,
                     Ok(_) | Err(_) => Code::Node,
                 },
@@ -178,7 +180,7 @@ impl Node {
     async fn del(&self, config: &Config, wanted: &Attachment) -> Result<(), CniError> {
         match self.detach(wanted.container.clone(), wanted.endpoint.clone()).await {
             Ok(()) => Ok(()),
-            Err(RequestError::NotRunning) => cut(config, wanted).await,
+            Err(RequestError::NotRunning) => cut(&self.context, config, wanted).await,
             Err(why) => {
                 let details = self.client.explain(why);
                 Err(CniError::new(Code::TryAgain, "the container was not detached", details))
@@ -193,7 +195,7 @@ impl Node {
         endpoint: api::CniEndpoint,
     ) -> Result<(), RequestError> {
         let request = api::Detach { target, cni: Some(endpoint) };
-        match self.client.try_post::<Detached>("/v1/detach", &request).await {
+        match self.client.try_post::<routes::Detach>(&request).await {
             Err(RequestError::Refused(refusal)) if refusal.kind == ErrorKind::Missing => Ok(()),
             outcome => outcome.map(drop),
         }
@@ -280,7 +282,7 @@ impl Node {
 
     async fn status(&self) -> Result<(), CniError> {
         let message = "containers cannot be added";
-        match self.client.try_get::<Primed>("/v1/prime").await {
+        match self.client.try_get::<routes::Prime>().await {
             Ok(Primed { ready: true, .. }) => Ok(()),
             Ok(Primed { waiting_for, .. }) => {
                 let why =
@@ -304,7 +306,7 @@ impl Node {
     }
 
     async fn endpoints(&self) -> Result<Vec<EndpointStatus>, RequestError> {
-        self.client.try_get::<Status>("/v1/status").await.map(|status| status.endpoints)
+        self.client.try_get::<routes::Status>().await.map(|status| status.endpoints)
     }
 }
 
@@ -314,7 +316,7 @@ fn is_attachment(found: &EndpointStatus, wanted: &api::CniEndpoint) -> bool {
 
 /// Deletes the interface while no daemon is running. The daemon releases the address once it runs
 /// again and misses the interface.
-async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
+async fn cut(context: &Context, config: &Config, wanted: &Attachment) -> Result<(), CniError> {
     let Some(netns) = &wanted.netns else { return Ok(()) };
     let failed = |why: String| {
         CniError::new(
@@ -327,14 +329,14 @@ async fn cut(config: &Config, wanted: &Attachment) -> Result<(), CniError> {
         )
     };
     let Some(found) = inside::interfaces(netns).map_err(&failed)? else { return Ok(()) };
-    let ours = [wanted.endpoint.interface.as_str(), overnode_daemon::datapath::CONTAINER_INTERFACE];
+    let ours = [wanted.endpoint.interface.as_str(), overnode_api::CONTAINER_INTERFACE];
     // The path of a deleted namespace may belong to another container by now.
     let listed = config.prev_result.as_ref().and_then(result::addresses);
     let is_meant = |address: &IpAddr| listed.as_ref().is_none_or(|listed| listed.contains(address));
     let found = found.into_iter().filter(|it| ours.contains(&it.name.as_str()));
     let addresses: BTreeSet<IpAddr> = found.filter_map(|it| it.address).filter(is_meant).collect();
     for address in addresses {
-        overnode_daemon::datapath::cut(address).await.map_err(|why| failed(format!("{why:#}")))?;
+        start::offline(context, &["delete-interface", &address.to_string()]).map_err(&failed)?;
     }
     Ok(())
 }

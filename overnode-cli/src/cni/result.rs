@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 
-use overnode_daemon::api::{Attached, DnsStatus};
+use overnode_api::{Attached, DnsStatus};
 
 use super::config::{Attachment, Config};
 use super::error::{CniError, Code};

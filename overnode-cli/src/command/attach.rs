@@ -1,6 +1,6 @@
 //! Implements `overnode attach`, `overnode detach`, `overnode expose` and `overnode hide`.
 
-use overnode_daemon::api::{self, Attached, Detached, Netns, Target};
+use overnode_api::{self as api, Attached, Netns, Target, routes};
 
 use super::require_root;
 use crate::client::Client;
@@ -35,7 +35,7 @@ pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure
             .or_else(|| api::check_name(&container.name).is_ok().then_some(container.name));
         request.target = Target::Container(container.id);
     }
-    let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
+    let attached: Attached = Client::new(context).post::<routes::Attach>(&request).await?;
     Ok(format!("{}\n", attached.address))
 }
 
@@ -53,7 +53,7 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
         },
         target @ (Target::Name(_) | Target::Path(_) | Target::Process(_) | Target::Host) => target,
     };
-    Client::new(context).post::<Detached>("/v1/detach", &api::Detach { target, cni: None }).await?;
+    Client::new(context).post::<routes::Detach>(&api::Detach { target, cni: None }).await?;
     Ok(String::new())
 }
 
@@ -70,7 +70,7 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
         name: wanted.name,
         cni: None,
     };
-    let attached: Attached = Client::new(context).post("/v1/attach", &request).await?;
+    let attached: Attached = Client::new(context).post::<routes::Attach>(&request).await?;
     Ok(format!("{}\n", attached.address))
 }
 
@@ -81,7 +81,7 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
 pub async fn hide(context: &Context) -> Result<String, Failure> {
     require_root("hide")?;
     Client::new(context)
-        .post::<Detached>("/v1/detach", &api::Detach { target: Target::Host, cni: None })
+        .post::<routes::Detach>(&api::Detach { target: Target::Host, cni: None })
         .await?;
     Ok(String::new())
 }

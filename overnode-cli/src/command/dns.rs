@@ -1,6 +1,6 @@
 //! Implements `overnode dns-add`, `overnode dns-remove` and `overnode dns-lookup`.
 
-use overnode_daemon::api::{self, DnsAddresses};
+use overnode_api::{self as api, DnsAddresses, routes};
 
 use super::{listed, require_root};
 use crate::client::Client;
@@ -14,7 +14,7 @@ use crate::options::{Context, DnsAdd, DnsLookup, DnsRemove};
 pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
     require_root("dns-add")?;
     let request = api::DnsAdd { name: wanted.name, addresses: wanted.addresses };
-    Client::new(context).post("/v1/dns/add", &request).await.map(|now| describe(&now))
+    Client::new(context).post::<routes::DnsAdd>(&request).await.map(|now| describe(&now))
 }
 
 /// Removes addresses from a name.
@@ -24,7 +24,7 @@ pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
 pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Failure> {
     require_root("dns-remove")?;
     let request = api::DnsRemove { name: wanted.name, addresses: wanted.addresses };
-    Client::new(context).post("/v1/dns/remove", &request).await.map(|now| describe(&now))
+    Client::new(context).post::<routes::DnsRemove>(&request).await.map(|now| describe(&now))
 }
 
 /// Returns the addresses of a name, one per line.
@@ -32,8 +32,9 @@ pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Fail
 /// # Errors
 /// Fails if the name has no address, or the daemon is not running.
 pub async fn lookup(context: &Context, wanted: DnsLookup) -> Result<String, Failure> {
-    let found: DnsAddresses =
-        Client::new(context).post("/v1/dns/lookup", &api::DnsLookup { name: wanted.name }).await?;
+    let found: DnsAddresses = Client::new(context)
+        .post::<routes::DnsLookup>(&api::DnsLookup { name: wanted.name })
+        .await?;
     Ok(found.addresses.iter().map(|address| format!("{address}\n")).collect())
 }
 

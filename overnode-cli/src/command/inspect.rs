@@ -1,5 +1,7 @@
 //! Implements `overnode inspect`.
 
+use overnode_api::routes;
+
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::options::Context;
@@ -10,5 +12,5 @@ use crate::render;
 /// # Errors
 /// Fails if the daemon is not running or refuses.
 pub async fn run(context: &Context) -> Result<String, Failure> {
-    Ok(render::json(&Client::new(context).get("/v1/inspect").await?))
+    Ok(render::json(&Client::new(context).get::<routes::Inspect>().await?))
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use overnode_daemon::api::{self, LaunchOutcome, Launched, Token};
+use overnode_api::{self as api, LaunchOutcome, Launched, Token, routes};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{listed, read_secret, require_root, warn};
@@ -44,7 +44,7 @@ pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
         restart: started.is_some(),
     };
     let launched = tokio::select! {
-        launched = client.post("/v1/launch", &request) => launched,
+        launched = client.post::<routes::Launch>(&request) => launched,
         why = interrupted() => Err(why),
     };
     match (launched, started) {

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use overnode_daemon::api::{EventKind, MonitorEvent};
+use overnode_api::{EventKind, MonitorEvent, routes};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::{Client, RequestError};
@@ -42,7 +42,7 @@ pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure>
 /// Prints events. Returns when the reader closes the pipe.
 async fn watch(context: &Context, wanted: &Monitor) -> Result<(), Failure> {
     let client = Client::new(context);
-    let mut lines = client.lines("/v1/monitor").await.map_err(|why| client.explain(why))?;
+    let mut lines = client.lines(routes::MONITOR).await.map_err(|why| client.explain(why))?;
     loop {
         let line = match lines.next().await {
             Ok(Some(line)) => line,

@@ -1,6 +1,8 @@
 //! Implements `overnode peer`.
 
-use overnode_daemon::api::{self, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus};
+use overnode_api::{
+    self as api, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus, routes,
+};
 
 use super::{listed, read_secret, require_root};
 use crate::client::Client;
@@ -20,12 +22,14 @@ pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
             require_root("peer remove")?;
             let request = api::RemoveExternalPeer { public_key };
             let removed: ExternalPeerRemoved =
-                client.post("/v1/external-peers/remove", &request).await?;
+                client.post::<routes::RemoveExternalPeer>(&request).await?;
             Ok(format!("removed; its allowed IPs were {}\n", listed(&removed.allowed_ips)))
         }
-        Peer::List { json: true } => Ok(render::json(&client.get("/v1/external-peers").await?)),
+        Peer::List { json: true } => {
+            Ok(render::json(&client.document::<routes::ExternalPeers>().await?))
+        }
         Peer::List { json: false } => {
-            let peers: Vec<ExternalPeerStatus> = client.get("/v1/external-peers").await?;
+            let peers: Vec<ExternalPeerStatus> = client.get::<routes::ExternalPeers>().await?;
             Ok(render::external_peers(&peers, Style::of(context)))
         }
     }
@@ -51,7 +55,7 @@ async fn add(client: &Client, wanted: AddPeer) -> Result<String, Failure> {
         persistent_keepalive_seconds: wanted.keepalive,
         name: wanted.name,
     };
-    let added: ExternalPeerAdded = client.post("/v1/external-peers", &request).await?;
+    let added: ExternalPeerAdded = client.post::<routes::AddExternalPeer>(&request).await?;
     let ExternalPeerAdded { public_key, port, subnet, replaced } = added;
     let what = if replaced { "changed" } else { "added" };
     let psk = if request.preshared_key.is_some() { "PresharedKey = (the same key)\n" } else { "" };

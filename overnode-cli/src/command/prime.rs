@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use overnode_daemon::api::Primed;
+use overnode_api::{Primed, routes};
 
 use crate::client::Client;
 use crate::failure::Failure;
@@ -19,7 +19,7 @@ pub async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
     let client = Client::new(context);
     let begun = Instant::now();
     loop {
-        let primed: Primed = client.get("/v1/prime").await?;
+        let primed: Primed = client.get::<routes::Prime>().await?;
         if primed.ready {
             return Ok(String::new());
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use overnode_daemon::api::{self, Reclaimed};
+use overnode_api::{self as api, Reclaimed, routes};
 
 use super::{listed, require_root};
 use crate::client::Client;
@@ -24,7 +24,7 @@ pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure>
     let begun = Instant::now();
     loop {
         let reclaimed: Reclaimed =
-            client.post("/v1/reclaim", &api::Reclaim { id: wanted.id }).await?;
+            client.post::<routes::Reclaim>(&api::Reclaim { id: wanted.id }).await?;
         if reclaimed.done {
             return Ok(format!("this node now owns the address space of node {}\n", reclaimed.id));
         }

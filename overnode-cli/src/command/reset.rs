@@ -1,7 +1,6 @@
 //! Implements `overnode reset`.
 
-use overnode_daemon::api::{self, WasReset};
-use overnode_daemon::node;
+use overnode_api::{self as api, WasReset, routes};
 
 use super::require_root;
 use crate::client::Client;
@@ -21,7 +20,7 @@ pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
     let Some(version) = client.running().await? else {
         return without_daemon(context, &client, wanted.force).await;
     };
-    let reset: WasReset = client.post("/v1/reset", &api::Reset { force: wanted.force }).await?;
+    let reset: WasReset = client.post::<routes::Reset>(&api::Reset { force: wanted.force }).await?;
     start::ended(context, &client, version.pid).await?;
     if !reset.left.is_empty() {
         return Err(Failure::failed(format_args!(
@@ -50,9 +49,8 @@ async fn without_daemon(
     if let Presence::NotListening(_) = presence {
         return Err(Failure::failed(presence.not_running(client.socket())));
     }
-    node::reset_offline(&context.state_dir, &context.run_dir, force)
-        .await
-        .map_err(|error| Failure::failed(format_args!("{error:#}")))?;
+    start::offline(context, if force { &["reset", "--force"] } else { &["reset"] })
+        .map_err(Failure::failed)?;
     start::forget_start(context)?;
     Ok(match presence {
         Presence::Never => "no node was launched on this host; any leftovers were removed\n",

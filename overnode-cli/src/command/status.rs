@@ -1,5 +1,6 @@
 //! Implements `overnode status`.
 
+use overnode_api::routes;
 use serde_json::Value;
 
 use crate::client::Client;
@@ -15,10 +16,10 @@ pub async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> 
     let client = Client::new(context);
     let sections = sections(wanted);
     if !wanted.json {
-        let status = client.get("/v1/status").await?;
+        let status = client.get::<routes::Status>().await?;
         return Ok(render::status(&status, &sections, Style::of(context)));
     }
-    let mut document: Value = client.get("/v1/status").await?;
+    let mut document: Value = client.document::<routes::Status>().await?;
     if let Some(fields) = document.as_object_mut()
         && !sections.is_empty()
     {

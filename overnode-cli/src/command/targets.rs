@@ -1,6 +1,6 @@
 //! Implements `overnode connect` and `overnode forget`.
 
-use overnode_daemon::api::{self, Targets};
+use overnode_api::{self as api, Targets, routes};
 
 use super::{listed, require_root};
 use crate::client::Client;
@@ -14,7 +14,7 @@ use crate::options::{Connect, Context, Forget};
 pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
     require_root("connect")?;
     let request = api::Connect { hosts: wanted.hosts, replace: wanted.replace };
-    Client::new(context).post("/v1/connect", &request).await.map(describe)
+    Client::new(context).post::<routes::Connect>(&request).await.map(describe)
 }
 
 /// Removes targets.
@@ -24,7 +24,7 @@ pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failu
 pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
     require_root("forget")?;
     Client::new(context)
-        .post("/v1/forget", &api::Forget { hosts: wanted.hosts })
+        .post::<routes::Forget>(&api::Forget { hosts: wanted.hosts })
         .await
         .map(describe)
 }

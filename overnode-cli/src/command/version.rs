@@ -1,6 +1,6 @@
 //! Implements `overnode version`.
 
-use overnode_daemon::api::Version;
+use overnode_api::{Version, routes};
 
 use crate::client::{Client, RequestError};
 use crate::failure::Failure;
@@ -12,7 +12,7 @@ use crate::options::Context;
 /// Never fails. The text says if the daemon does not answer.
 pub async fn run(context: &Context) -> Result<String, Failure> {
     let client = Client::new(context);
-    let daemon = match client.try_get::<Version>("/v1/version").await {
+    let daemon = match client.try_get::<routes::Version>().await {
         Ok(version) => describe(&version),
         Err(RequestError::NotRunning) => "not running".to_owned(),
         Err(RequestError::Denied) => "unknown: only root may query it".to_owned(),

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use overnode_daemon::api::{
+use overnode_api::{
     Container, DroppedPacket, EventKind, Flow, MonitorEvent, Path, PeerRef, Program,
 };
 

@@ -5,7 +5,7 @@ mod grid;
 mod sections;
 mod units;
 
-use overnode_daemon::api::{ExternalPeerStatus, Status};
+use overnode_api::{ExternalPeerStatus, Status};
 use serde_json::Value;
 
 pub use event::event;

@@ -2,14 +2,14 @@
 
 use std::time::SystemTime;
 
-use overnode_daemon::api::{
+use overnode_api::bulk::Mode;
+use overnode_api::{
     BulkStatus, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction, DnsStatus,
     EndpointState, EndpointStatus, ExternalPeerStatus, IpamStatus, Kind, LastError, Level,
     NodeState, NodeStatus, Path, PeerStatus, RouteStatus, SessionState, Status, TargetState,
     TargetStatus, WorkersStatus,
 };
-use overnode_daemon::bulk::control::Mode;
-use overnode_daemon::types::NodeId;
+use overnode_types::NodeId;
 
 use super::grid::{Cell, Grid, Style, Tone, maybe, pairs_of};
 use super::units::{bytes, duration, round_trip, share, since};

@@ -4,11 +4,11 @@
 use std::fs;
 use std::thread;
 
+use overnode_api::bulk::Cipher;
+use overnode_api::bulk::Mode;
 use overnode_daemon::api::*;
-use overnode_daemon::bulk::control::Mode;
-use overnode_daemon::bulk::message::Cipher;
 use overnode_daemon::monitor::Hub;
-use overnode_daemon::types::{Network, PublicKey};
+use overnode_types::{Network, PublicKey};
 use tokio::sync::mpsc;
 
 use crate::common::Host;

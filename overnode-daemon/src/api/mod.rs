@@ -1,53 +1,15 @@
-//! The node's API for the command line and other programs on this host: HTTP with JSON over a unix
-//! socket.
+//! Serves the API of [`overnode_api`] over a unix socket.
 //!
-//! [`types`] holds the request and response documents, [`error`] the errors and [`server`] the
-//! routes. This module decides nothing: it hands each request to the node as a [`Call`] and sends
-//! the node's answer back.
-//!
-//! | route | request | answer |
-//! | --- | --- | --- |
-//! | `GET /v1/version` | | [`Version`] |
-//! | `GET /v1/status` | | [`Status`] |
-//! | `GET /v1/inspect` | | one document, without secrets |
-//! | `GET /v1/metrics` | | the status as metrics for Prometheus ([`crate::metrics`]) |
-//! | `GET /v1/prime` | | [`Primed`] |
-//! | `GET /v1/monitor` | | an endless stream of lines, each a [`MonitorEvent`] |
-//! | `POST /v1/launch` | [`Launch`] | [`Launched`] |
-//! | `POST /v1/connect` | [`Connect`] | [`Targets`] |
-//! | `POST /v1/forget` | [`Forget`] | [`Targets`] |
-//! | `POST /v1/attach` | [`Attach`] | [`Attached`] |
-//! | `POST /v1/detach` | [`Detach`] | [`Detached`] |
-//! | `POST /v1/reset` | [`Reset`] | [`WasReset`] |
-//! | `GET /v1/external-peers` | | list of [`ExternalPeerStatus`] |
-//! | `POST /v1/external-peers` | [`AddExternalPeer`] | [`ExternalPeerAdded`] |
-//! | `POST /v1/reclaim` | [`Reclaim`] | [`Reclaimed`], immediately |
-//! | `POST /v1/dns/add` | [`DnsAdd`] | [`DnsAddresses`] |
-//! | `POST /v1/dns/remove` | [`DnsRemove`] | [`DnsAddresses`] |
-//! | `POST /v1/dns/lookup` | [`DnsLookup`] | [`DnsAddresses`] |
-//! | `POST /v1/external-peers/remove` | [`RemoveExternalPeer`] | [`ExternalPeerRemoved`] |
-//!
-//! An error has the status code of its [`ErrorKind`] and the body
-//! `{"error": "what: why: what to do"}`.
+//! [`server`] has the HTTP server. It decides nothing: it passes each request to the node as a
+//! [`Call`] and returns the node's answer.
 
-pub mod error;
-pub mod health;
-pub mod monitor;
 pub mod server;
-pub mod status;
-pub mod target;
-pub mod types;
 
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-pub use error::{ApiError, ErrorKind};
-pub use health::{Finding, Health, Level};
-pub use monitor::*;
+pub use overnode_api::*;
 pub use server::serve;
-pub use status::*;
-pub use target::{BadHost, BadTarget, Host, Netns, Target};
-pub use types::*;
 
 /// A request and the channel for its answer.
 pub type Call = (Request, oneshot::Sender<Result<Reply, ApiError>>);

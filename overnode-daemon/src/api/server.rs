@@ -19,7 +19,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{ApiError, BODY_LIMIT, Call, ErrorKind, EventKind, Reply, Request, error::ErrorBody};
+use super::error::ErrorBody;
+use super::{ApiError, BODY_LIMIT, Call, ErrorKind, EventKind, Reply, Request, Route, routes};
 use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
@@ -71,32 +72,45 @@ pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>, hub: Hub) -
 }
 
 fn router(node: mpsc::Sender<Call>, hub: Hub) -> Router {
-    Router::new()
-        .route("/v1/version", get(|node| ask(node, Request::Version)))
-        .route("/v1/status", get(|node| ask(node, Request::Status)))
-        .route("/v1/inspect", get(|node| ask(node, Request::Inspect)))
-        .route("/v1/metrics", get(|State(node)| metrics::answer(node)))
-        .route("/v1/prime", get(|node| ask(node, Request::Prime)))
-        .route("/v1/monitor", get(|node| monitor(node, hub)))
-        .route("/v1/launch", with_body(Request::Launch))
-        .route("/v1/connect", with_body(Request::Connect))
-        .route("/v1/forget", with_body(Request::Forget))
-        .route("/v1/attach", with_body(Request::Attach))
-        .route("/v1/detach", with_body(Request::Detach))
-        .route("/v1/reclaim", with_body(Request::Reclaim))
-        .route("/v1/dns/add", with_body(Request::DnsAdd))
-        .route("/v1/dns/remove", with_body(Request::DnsRemove))
-        .route("/v1/dns/lookup", with_body(Request::DnsLookup))
-        .route("/v1/reset", with_body(Request::Reset))
-        .route(
-            "/v1/external-peers",
-            with_body(Request::AddExternalPeer).get(|node| ask(node, Request::ListExternalPeers)),
-        )
-        .route("/v1/external-peers/remove", with_body(Request::RemoveExternalPeer))
+    let router = Router::new();
+    let router = add_get::<routes::Version>(router, || Request::Version);
+    let router = add_get::<routes::Status>(router, || Request::Status);
+    let router = add_get::<routes::Inspect>(router, || Request::Inspect);
+    let router = add_get::<routes::Prime>(router, || Request::Prime);
+    let router = add_get::<routes::ExternalPeers>(router, || Request::ListExternalPeers);
+    let router = add_post::<routes::Launch>(router, Request::Launch);
+    let router = add_post::<routes::Connect>(router, Request::Connect);
+    let router = add_post::<routes::Forget>(router, Request::Forget);
+    let router = add_post::<routes::Attach>(router, Request::Attach);
+    let router = add_post::<routes::Detach>(router, Request::Detach);
+    let router = add_post::<routes::Reclaim>(router, Request::Reclaim);
+    let router = add_post::<routes::DnsAdd>(router, Request::DnsAdd);
+    let router = add_post::<routes::DnsRemove>(router, Request::DnsRemove);
+    let router = add_post::<routes::DnsLookup>(router, Request::DnsLookup);
+    let router = add_post::<routes::Reset>(router, Request::Reset);
+    let router = add_post::<routes::AddExternalPeer>(router, Request::AddExternalPeer);
+    let router = add_post::<routes::RemoveExternalPeer>(router, Request::RemoveExternalPeer);
+    router
+        .route(routes::METRICS, get(|State(node)| metrics::answer(node)))
+        .route(routes::MONITOR, get(|node| monitor(node, hub)))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(node)
+}
+
+type Routes = Router<mpsc::Sender<Call>>;
+
+/// Adds a route without a body.
+fn add_get<R: Route<Request = ()>>(router: Routes, request: fn() -> Request) -> Routes {
+    const { assert!(matches!(R::METHOD, overnode_api::Method::Get)) }
+    router.route(R::PATH, get(move |node| ask(node, request())))
+}
+
+/// Adds a route with a document as its body.
+fn add_post<R: Route>(router: Routes, request: fn(R::Request) -> Request) -> Routes {
+    const { assert!(matches!(R::METHOD, overnode_api::Method::Post)) }
+    router.route(R::PATH, with_body(request))
 }
 
 type Node = State<mpsc::Sender<Call>>;
@@ -116,8 +130,8 @@ fn with_body<T: DeserializeOwned + Send + 'static>(
         match serde_json::from_slice(&bytes) {
             Ok(body) => ask(node, request(body)).await,
             Err(error) => {
-                ApiError::usage(format_args!("the request body is not the expected JSON: {error}"))
-                    .into_response()
+                let message = format_args!("the request body is not the expected JSON: {error}");
+                refusal(&ApiError::usage(message))
             }
         }
     })
@@ -126,7 +140,7 @@ fn with_body<T: DeserializeOwned + Send + 'static>(
 async fn ask(State(node): Node, request: Request) -> Response {
     match call(&node, request).await {
         Ok(reply) => reply.into_response(),
-        Err(error) => error.into_response(),
+        Err(error) => refusal(&error),
     }
 }
 
@@ -145,12 +159,12 @@ async fn monitor(State(node): Node, hub: Hub) -> Response {
     // Subscribe before asking the node: events are only emitted while there is a reader.
     let reader = match hub.read() {
         Ok(reader) => reader,
-        Err(error) => return ApiError::refused(error).into_response(),
+        Err(error) => return refusal(&ApiError::refused(error)),
     };
     let first = match call(&node, Request::Monitor).await {
         Ok(Reply::Watching(watching)) => line_now(EventKind::Watching(watching)),
         Ok(other) => return other.into_response(),
-        Err(error) => return error.into_response(),
+        Err(error) => return refusal(&error),
     };
     let lines = stream::unfold((Some(first), reader), |(first, mut reader)| async move {
         let line = match first {
@@ -162,11 +176,11 @@ async fn monitor(State(node): Node, hub: Hub) -> Response {
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
-async fn unknown_path(uri: Uri) -> ApiError {
-    ApiError::missing(format_args!(
+async fn unknown_path(uri: Uri) -> Response {
+    refusal(&ApiError::missing(format_args!(
         "{} is not a path of this API: every path starts with /v1/",
         uri.path()
-    ))
+    )))
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> Response {
@@ -180,23 +194,22 @@ impl IntoResponse for Reply {
         match serde_json::to_vec(&self) {
             Ok(body) => json(StatusCode::OK, body),
             Err(error) => {
-                ApiError::failed(format_args!("the answer could not be encoded as JSON: {error}"))
-                    .into_response()
+                let message = format_args!("the answer could not be encoded as JSON: {error}");
+                refusal(&ApiError::failed(message))
             }
         }
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let status = match self.kind {
-            ErrorKind::Usage => StatusCode::BAD_REQUEST,
-            ErrorKind::Refused => StatusCode::CONFLICT,
-            ErrorKind::Missing => StatusCode::NOT_FOUND,
-            ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        refuse(status, &self)
-    }
+/// Returns the HTTP response of an error.
+pub(crate) fn refusal(error: &ApiError) -> Response {
+    let status = match error.kind {
+        ErrorKind::Usage => StatusCode::BAD_REQUEST,
+        ErrorKind::Refused => StatusCode::CONFLICT,
+        ErrorKind::Missing => StatusCode::NOT_FOUND,
+        ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    refuse(status, error)
 }
 
 fn refuse(status: StatusCode, error: &ApiError) -> Response {

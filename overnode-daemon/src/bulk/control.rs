@@ -10,7 +10,7 @@ use nix::sys::socket::{self, MsgFlags};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
-use super::message::Cipher;
+use overnode_api::bulk::{Cipher, Mode};
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
@@ -21,22 +21,6 @@ pub const VERSION: u32 = 3;
 pub const MAX_LEN: usize = 16384;
 /// Maximum number of peers in one [`FromWorkers::Peers`].
 pub const MAX_REPORTS: usize = 64;
-
-/// How bulk flows are sealed. The comments of the variants are the help of `--bulk`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-#[value(rename_all = "lower")]
-pub enum Mode {
-    /// The eBPF programs seal them, like all other traffic
-    Off,
-    /// Workers seal them, with the cipher that is faster for both ends
-    #[default]
-    Auto,
-    /// Workers seal them, with ChaCha20-Poly1305
-    ChaCha,
-    /// Workers seal them, with AES-256-GCM
-    Aes,
-}
 
 /// A message to the workers.
 #[derive(Serialize, Deserialize)]

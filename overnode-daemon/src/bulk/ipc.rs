@@ -24,8 +24,8 @@ use tokio::io::unix::AsyncFd;
 use super::control::{FromWorkers, SOCKET, ToWorkers, receive, send};
 use super::process::{ARGUMENT, FIRST_FD, NAME, Start};
 use crate::datapath::BulkDevice;
-use crate::trust;
-use crate::types::PublicKey;
+use overnode_trust as trust;
+use overnode_types::PublicKey;
 
 /// Buffer size of a worker's socket in each direction, in bytes.
 const BUFFER: usize = 4 << 20;
@@ -203,7 +203,7 @@ fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
 /// Fails if the socket cannot be created or the process cannot be started.
 pub fn start(
     run_dir: &Path,
-    mode: super::control::Mode,
+    mode: overnode_api::bulk::Mode,
     public_key: &PublicKey,
     maps: [BorrowedFd<'_>; 4],
     devices: Vec<BulkDevice>,

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-use super::message::{Cipher, TAG_LEN};
+use super::message::TAG_LEN;
+use overnode_api::bulk::Cipher;
 
 /// Length of the measured messages, in bytes: a full-sized packet.
 const LEN: usize = 1408;

@@ -14,9 +14,9 @@
 //! The header is authenticated as associated data. The plaintext is an inner IP packet or a
 //! [`Hello`], whose first byte occurs in no IP packet.
 
+use overnode_api::bulk::Cipher;
 use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use overnode_ebpf::wire::TYPE_DATA;
-use serde::{Deserialize, Serialize};
 
 /// Length of the header, in bytes.
 pub const HEADER_LEN: usize = 16;
@@ -24,34 +24,6 @@ pub const HEADER_LEN: usize = 16;
 pub const TAG_LEN: usize = 16;
 
 const PARTIAL: u8 = 1;
-
-/// A cipher that seals messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub enum Cipher {
-    /// ChaCha20-Poly1305 (RFC 8439).
-    #[serde(rename = "ChaCha20-Poly1305")]
-    ChaCha,
-    /// AES-256-GCM (NIST SP 800-38D).
-    #[serde(rename = "AES-256-GCM")]
-    Aes,
-}
-
-impl Cipher {
-    /// All ciphers, ordered by number.
-    pub const ALL: [Self; 2] = [Self::ChaCha, Self::Aes];
-
-    /// Returns the usual name of the cipher.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::ChaCha => "ChaCha20-Poly1305",
-            Self::Aes => "AES-256-GCM",
-        }
-    }
-
-    fn from_number(number: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(number)).copied()
-    }
-}
 
 /// The header of a data message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 
-use super::control::{Mode, Report};
-use super::message::{Cipher, Hello};
+use super::control::Report;
+use super::message::Hello;
 use super::session::Session;
-use crate::types::PeerIndex;
+use overnode_api::bulk::Cipher;
+use overnode_api::bulk::Mode;
+use overnode_types::PeerIndex;
 
 /// Longest accepted silence of a peer that is sent data, in nanoseconds, on top of two round trips.
 const SILENCE_NS: u64 = 70_000_000;

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::confine;
-use super::control::{FromWorkers, Keys, MAX_REPORTS, Mode, ToWorkers, VERSION, receive, send};
+use super::control::{FromWorkers, Keys, MAX_REPORTS, ToWorkers, VERSION, receive, send};
 use super::measure;
 use super::peer::{Endpoint, Peer};
 use super::session::Session;
@@ -37,7 +37,8 @@ use super::udp::{Socket, Sockets};
 use super::worker::{Command, Handles, Shared, Worker, say_hello};
 use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate};
-use crate::types::{PeerIndex, PublicKey};
+use overnode_api::bulk::Mode;
+use overnode_types::{PeerIndex, PublicKey};
 
 /// First argument that makes the program run as this process. It takes the place of any option.
 pub const ARGUMENT: &str = "bulk-workers";

@@ -17,9 +17,10 @@ use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
 use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
 use super::control::Keys;
-use super::message::{Cipher, HEADER_LEN, Header, TAG_LEN};
+use super::message::{HEADER_LEN, Header, TAG_LEN};
 use crate::control::key;
-use crate::types::{PeerIndex, Secret};
+use overnode_api::bulk::Cipher;
+use overnode_types::{PeerIndex, Secret};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;
 /// Maximum number of messages sealed with one key. This is a backstop, since sessions are renewed

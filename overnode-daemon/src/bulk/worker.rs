@@ -24,8 +24,8 @@ use overnode_ebpf::wire::{
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 
 use super::coalesce::Coalescer;
-use super::control::{FromWorkers, Mode};
-use super::message::{Cipher, HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
+use super::control::FromWorkers;
+use super::message::{HEADER_LEN, HELLO_LEN, Header, Hello, TAG_LEN};
 use super::packet::{BadPacket, VNET_HEADER, VnetHeader};
 use super::peer::Peer;
 use super::segment::Segmentation;
@@ -34,7 +34,9 @@ use super::udp::{Batch, BatchKey, Sockets};
 use crate::checksum::fold;
 use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now_ns};
 use crate::handshake::gate::{Awaited, Gate, Judgment};
-use crate::types::PeerIndex;
+use overnode_api::bulk::Cipher;
+use overnode_api::bulk::Mode;
+use overnode_types::PeerIndex;
 
 /// Longest frame that one read of the device returns, in bytes: both headers and the largest IP
 /// packet.

@@ -25,7 +25,7 @@ use status::Refused;
 pub use status::{ConnectionStatus, Direction, Phase, TargetStatus};
 
 use super::hello::{Hello, Refusal};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// The pause after the first failed attempt.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);

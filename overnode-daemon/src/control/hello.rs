@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::BadFrame;
 use super::key;
-use crate::text::is_harmless;
-use crate::types::{Network, NodeId, PublicKey, VerifyingKey};
+use overnode_types::text::is_harmless;
+use overnode_types::{Network, NodeId, PublicKey, VerifyingKey};
 
 /// The oldest control protocol version that this build supports.
 pub const OLDEST_VERSION: u16 = 3;

@@ -36,7 +36,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use zeroize::Zeroizing;
 
-use crate::types::{PublicKey, Secret, VerifyingKey};
+use overnode_types::{PublicKey, Secret, VerifyingKey};
 
 /// Memory of one derivation, in KiB. RFC 9106 section 4, second recommended option: 64 MiB, 3
 /// passes, 4 lanes. Measured: 0.15 s on one core of a virtual machine.

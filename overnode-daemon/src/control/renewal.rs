@@ -24,7 +24,7 @@ use snow::{Builder, HandshakeState, StatelessTransportState};
 use super::frame::MAX_HANDSHAKE_FRAME;
 use super::hello::Refusal;
 use super::session::Role;
-use crate::types::{PublicKey, Secret};
+use overnode_types::{PublicKey, Secret};
 
 /// Age at which a connection gets new keys.
 pub const RENEW_AFTER: Duration = Duration::from_secs(1800);

@@ -30,7 +30,7 @@ use super::key;
 use super::renewal::{
     Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal,
 };
-use crate::types::{PublicKey, Secret};
+use overnode_types::{PublicKey, Secret};
 
 /// Time limit for the whole handshake, including the verdicts.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use crate::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 
 fn node(id: u16, seed: u8) -> LocalIdentity {
     let seed = Secret([seed; 32]);

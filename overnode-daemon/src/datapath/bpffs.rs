@@ -32,7 +32,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::sys::statvfs::FsFlags;
 use overnode_ebpf::map::MapLayout;
 
-use crate::trust::{self, Untrusted};
+use overnode_trust::{self as trust, Untrusted};
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// Mount options that systemd uses. Without a mode the mount would be 01777.

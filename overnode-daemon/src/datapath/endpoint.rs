@@ -12,6 +12,7 @@ use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::address::to_map;
 use super::bpffs::Pin;
 use super::bulk::is_bulk_device;
 use super::interfaces::{End, Link, Mac, Netlink};
@@ -19,10 +20,8 @@ use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, TO_CONTAINER, detach_filter};
 use super::{Datapath, isolate_interface, mac_of, offload};
 use crate::failpoint;
-use crate::types::to_map;
 
-/// Name of the interface inside a container.
-pub const CONTAINER_INTERFACE: &str = "overnode0";
+pub use overnode_api::CONTAINER_INTERFACE;
 
 /// Where the container-side end goes, and who configures it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -26,9 +26,9 @@ use overnode_ebpf::map::{
 };
 use overnode_ebpf::reason::Reason;
 
+use super::address::{from_map, to_map};
 use super::bpffs::Pins;
 use super::bulk::BulkMaps;
-use crate::types::{from_map, to_map};
 
 /// `BPF_F_MMAPABLE` (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;

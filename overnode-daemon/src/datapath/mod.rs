@@ -7,6 +7,7 @@
 //! network namespace of the thread that calls [`Datapath::open`]. All threads that use it must be
 //! in that namespace.
 
+mod address;
 mod bpffs;
 mod bulk;
 mod clock;
@@ -38,6 +39,7 @@ use ipnet::IpNet;
 use overnode_ebpf::map::{Address, Config, Route};
 use tracing::{info, warn};
 
+pub use self::address::{from_map, to_map};
 pub use self::bpffs::node_name;
 pub use self::bulk::{BulkDevice, BulkMaps};
 pub use self::clock::{Clock, boot_now_ns};
@@ -65,7 +67,7 @@ use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
 use crate::handshake::mac1_state;
-use crate::types::{Network, NodeId, PeerIndex, PublicKey, to_map};
+use overnode_types::{Network, NodeId, PeerIndex, PublicKey};
 
 /// Options for opening the data plane.
 #[derive(Clone, Debug)]

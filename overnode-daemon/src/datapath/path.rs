@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::Datapath;
 use crate::checksum::{fold, sum};
-use crate::types::PeerIndex;
+use overnode_types::PeerIndex;
 
 /// Length of the headers of the inner packet that carries a probe, in bytes.
 const HEADERS_LEN: usize = IPV4_LEN + UDP_LEN;

@@ -13,8 +13,8 @@ use overnode_ebpf::map::{
     RING_CLOSED, RING_OPEN,
 };
 
+use super::address::from_map;
 use super::maps::{Cell, Slots};
-use crate::types::from_map;
 
 /// Time to wait after a ring is closed. Programs that were writing to it are done by then.
 const SETTLED: Duration = Duration::from_millis(5);

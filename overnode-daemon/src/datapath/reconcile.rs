@@ -8,13 +8,13 @@ use ipnet::IpNet;
 use tracing::{info, warn};
 
 use super::Datapath;
+use super::address::from_map;
 use super::bpffs::Pin;
 use super::endpoint::is_ours;
 use super::interfaces::Link;
 use super::netns::NetnsRef;
 use super::offload_veth::{FIRST, OffloadVeth, SECOND};
 use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL, TO_CONTAINER};
-use crate::types::from_map;
 
 /// A container that the node considers attached.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use overnode_ebpf::map::{
     ENDPOINT_SLOTS, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, ROUTE_SLOTS, Route,
 };
 
-use crate::types::PeerIndex;
+use overnode_types::PeerIndex;
 
 /// Maximum number of routes that peers may occupy in the map. The rest is reserved for this host's
 /// containers and prefixes.

@@ -17,10 +17,11 @@ use overnode_ebpf::replay::Window;
 use overnode_ebpf::wire::keepalive_frame;
 
 use super::Datapath;
+use super::address::from_map;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
 use crate::handshake::{REJECT_AFTER_TIME, SessionKeys};
-use crate::types::{PeerIndex, PublicKey, Secret, from_map};
+use overnode_types::{PeerIndex, PublicKey, Secret};
 
 /// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second
 /// after which the handshakes reuse a slot.

@@ -11,10 +11,11 @@ use serde::Serialize;
 use tracing::{debug, info, warn};
 
 use super::Datapath;
+use super::address::from_map;
 use super::bpffs::Pin;
 use super::interfaces::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
-use crate::types::{PeerIndex, from_map};
+use overnode_types::PeerIndex;
 
 /// Smallest assumed underlay MTU, in bytes: what every IPv4 host must accept (RFC 1122, section
 /// 3.3.2).

@@ -7,7 +7,9 @@ use hickory_proto::rr::rdata::{A, AAAA, PTR, SOA};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use ipnet::IpNet;
 
-use super::name::Domain;
+use overnode_types::name::Domain;
+
+use super::domain::{absolute, name_of, part_before};
 use super::zone::Zone;
 
 /// Time to live of answers, in seconds. It is short because names come and go with containers.
@@ -66,13 +68,14 @@ impl Directory {
     /// Returns true if the name is in one of our domains, for which no other server is
     /// authoritative.
     pub fn owns(&self, name: &Name) -> bool {
-        self.domains.iter().any(|domain| domain.name().zone_of(name))
+        self.domains.iter().any(|domain| name_of(domain).zone_of(name))
     }
 
     /// Decides how to answer a question.
     pub fn ask(&mut self, query: &Query) -> Verdict {
         let is_plain = query.query_class == DNSClass::IN && !is_transfer(query.query_type);
-        let domain = self.domains.iter().find(|domain| domain.name().zone_of(&query.name)).cloned();
+        let domain =
+            self.domains.iter().find(|domain| name_of(domain).zone_of(&query.name)).cloned();
         match (domain, network_of(&query.name)) {
             _ if !is_plain => Verdict::Answer(Answer::refused()),
             (Some(domain), _) => Verdict::Answer(self.forward(&domain, query)),
@@ -82,11 +85,11 @@ impl Directory {
     }
 
     fn forward(&mut self, domain: &Domain, query: &Query) -> Answer {
-        let none = |exists: bool| Answer::none(exists, domain.name());
-        let Some(name) = domain.part_before(&query.name) else { return none(false) };
+        let none = |exists: bool| Answer::none(exists, &name_of(domain));
+        let Some(name) = part_before(domain, &query.name) else { return none(false) };
         if name.is_empty() {
             let asked = matches!(query.query_type, RecordType::SOA | RecordType::ANY);
-            return if asked { Answer::of(vec![soa(domain.name())]) } else { none(true) };
+            return if asked { Answer::of(vec![soa(&name_of(domain))]) } else { none(true) };
         }
         if !self.zone.exists(&name) {
             return none(false);
@@ -111,7 +114,7 @@ impl Directory {
         }
         let pointers: Vec<Record> = names
             .iter()
-            .filter_map(|name| self.domains.first()?.absolute(name))
+            .filter_map(|name| absolute(self.domains.first()?, name))
             .map(|name| record(query.name.clone(), RData::PTR(PTR(name))))
             .collect();
         let asked = matches!(query.query_type, RecordType::PTR | RecordType::ANY);
@@ -181,8 +184,8 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
-    use crate::gossip::Named;
-    use crate::types::{Network, NodeId};
+    use overnode_types::name::Named;
+    use overnode_types::{Network, NodeId};
 
     fn directory() -> Directory {
         let mut zone = Zone::new(StdRng::seed_from_u64(1));

@@ -11,14 +11,13 @@
 //! containers, verify their source, and drop packets that other nodes send to this address.
 
 pub mod directory;
-pub mod name;
+mod domain;
 pub mod server;
 pub mod service;
 pub mod upstream;
 pub mod zone;
 
 pub use directory::Directory;
-pub use name::Domain;
 pub use server::Server;
 pub use service::{Counts, Service};
 pub use upstream::Upstream;

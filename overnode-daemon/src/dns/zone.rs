@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-use crate::gossip::Named;
-use crate::types::NodeId;
+use overnode_types::NodeId;
+use overnode_types::name::Named;
 
 /// Maximum number of addresses or names in one answer. If there are more, a random selection is
 /// returned.

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use crate::text::{quoted, reason};
+use overnode_types::text::{quoted, reason};
 
 /// The largest accepted request body, in bytes.
 pub const BODY_LIMIT: usize = 256 * 1024;

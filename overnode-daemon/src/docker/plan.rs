@@ -20,7 +20,7 @@ use super::message::{
 use crate::api::check_name;
 use crate::datapath::waiting_interface;
 use crate::store::{Attachment, EngineEndpoint, Kind};
-use crate::text::quoted;
+use overnode_types::text::quoted;
 
 /// Time after which a lease that the engine no longer lists is freed. It only counts while the
 /// engine answers.

@@ -21,7 +21,7 @@ use super::engine::EngineEvent;
 use super::message::{BODY_LIMIT, Refusal, Request, Response};
 use super::{Call, NAME};
 use crate::api::server::bind;
-use crate::trust;
+use overnode_trust as trust;
 
 /// Interval of checks that the socket is still in the plugin directory. Also the retry interval.
 const LOOK: Duration = Duration::from_secs(3);

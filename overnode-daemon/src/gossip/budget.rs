@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 
 use super::message::Record;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Bytes reserved for the record of each node.
 pub const ROOM: usize = 8 << 10;

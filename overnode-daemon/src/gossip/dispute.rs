@@ -13,7 +13,7 @@ use super::exchange::size;
 use super::message::{MAX_STAMP, Message, Record};
 use super::routed::{KIND_CLASH, MAX_BODY, MAX_HOPS};
 use super::{Action, Gossip};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Time that a reachable node has to object: to hear of the other record, to outbid it, and to be
 /// heard.

@@ -7,9 +7,10 @@ use rand::Rng;
 use ring::digest::{SHA256, digest};
 
 use super::limit::Allowance;
-use super::message::{self, Message, Named, Record, Stamp};
+use super::message::{self, Message, Record, Stamp};
 use super::{Action, Gossip};
-use crate::types::NodeId;
+use overnode_types::NodeId;
+use overnode_types::name::Named;
 
 /// Timeout of a request for a record. Then another neighbor that has the record is asked.
 pub const ASK_AGAIN: Duration = Duration::from_secs(1);

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::limit::{BYTES_PER_SECOND, MESSAGES_PER_SECOND};
 use super::sign::Signature;
 use crate::control::hello::{MAX_NICKNAME, clean};
-use crate::dns::name::is_relative;
-use crate::types::{NodeId, PublicKey, VerifyingKey};
+use overnode_types::name::Named;
+use overnode_types::name::is_relative;
+use overnode_types::{NodeId, PublicKey, VerifyingKey};
 
 /// Version of the wire format.
 pub const FORMAT: u8 = 4;
@@ -37,16 +38,6 @@ pub const DELTA_BYTES: usize = 256 * 1024;
 pub const MAX_DELTA: usize = DELTA_BYTES / RECORD_BYTES + 1;
 /// Lower bound for the size of a record, by the rough measure that deltas are split by.
 pub(super) const RECORD_BYTES: usize = 256;
-
-/// A name and one of its addresses. The name satisfies the rules of
-/// [`dns::name`](crate::dns::name): it is relative to the domain.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Named {
-    /// The name without the domain.
-    pub name: String,
-    /// The address that the name resolves to.
-    pub address: IpAddr,
-}
 
 /// What a node announces about itself. Only the owner makes new versions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -147,13 +138,6 @@ pub enum BadMessage {
     /// A record is not signed with the key that it names.
     #[error("a forged record of node {0}, which that node did not sign")]
     Signature(NodeId),
-}
-
-impl Named {
-    /// Returns the approximate size in bytes of the name in a record.
-    pub fn size(&self) -> usize {
-        2 + self.name.len() + if self.address.is_ipv4() { 5 } else { 17 }
-    }
 }
 
 impl Record {

@@ -80,13 +80,13 @@ use exchange::{STAMP_BYTES, Wanted, size};
 use limit::{Allowance, BYTES_PER_SECOND, Signatures};
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP,
-    Message, NAME_BYTES, Named, Record, Stamp,
+    Message, NAME_BYTES, Record, Stamp,
 };
 pub use routed::{BadRoutedMessage, RoutedMessage, Undelivered};
 pub use sign::{Signature, Signer, Verified};
 pub use topology::Path;
 
-use crate::types::{NodeId, VerifyingKey};
+use overnode_types::{NodeId, VerifyingKey};
 
 /// Interval at which a node compares its records with one neighbor. Jittered by a quarter in both
 /// directions.

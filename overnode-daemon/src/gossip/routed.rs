@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use super::sign::{self, Signature};
 use super::{Action, Gossip};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Version of the wire format.
 pub const FORMAT: u8 = 2;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::message::Record;
 use crate::control::key;
-use crate::types::{PublicKey, Secret, VerifyingKey};
+use overnode_types::{PublicKey, Secret, VerifyingKey};
 
 const RECORD: &[u8] = b"overnode record v2";
 

@@ -5,9 +5,11 @@ use proptest::prelude::{any, prop, prop_assert, proptest};
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
+use overnode_types::name::Named;
+
 use super::*;
 use crate::control::packet::Packet;
-use crate::types::{PublicKey, Secret, VerifyingKey};
+use overnode_types::{PublicKey, Secret, VerifyingKey};
 
 mod clashes;
 mod hostile;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::message::Record;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// The path to a node over control connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ mod tests {
 
     use super::*;
     use crate::gossip::Signature;
-    use crate::types::{PublicKey, VerifyingKey};
+    use overnode_types::{PublicKey, VerifyingKey};
 
     fn id(id: usize) -> NodeId {
         NodeId::new(id as u16).unwrap()

@@ -15,7 +15,7 @@ use zeroize::Zeroize;
 
 use super::message::{self, CookieReply, MAC_LEN, Macs};
 use crate::sources::Sources;
-use crate::types::PublicKey;
+use overnode_types::PublicKey;
 
 /// Lifetime of a cookie, and of the secret that cookies are made from.
 pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);

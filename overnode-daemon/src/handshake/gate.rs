@@ -18,7 +18,7 @@ use rand::rngs::StdRng;
 use super::Counters;
 use super::cookie::{Class, LoadGuard, Verdict};
 use super::message::{self, BadMessage, Message};
-use crate::types::PublicKey;
+use overnode_types::PublicKey;
 
 /// Judges datagrams.
 pub struct Gate {

@@ -8,7 +8,7 @@ use overnode_ebpf::map::{SESSION_SLOT_BITS, SESSION_SLOTS};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::types::PeerIndex;
+use overnode_types::PeerIndex;
 
 /// How long a slot stays unused after its session was withdrawn. By then, a program that still uses
 /// the session has ended, and late packets do not reach the next session in the slot.

@@ -46,7 +46,7 @@ use self::peer::{Peer, Pending, Session};
 pub use self::timers::REJECT_AFTER_TIME;
 use self::timers::{INITIATION_INTERVAL, INITIATIONS_AT_ONCE, JITTER};
 use self::timestamp::Stamper;
-use crate::types::{PeerIndex, PublicKey, Secret};
+use overnode_types::{PeerIndex, PublicKey, Secret};
 
 /// The handshakes of a node with all its peers.
 pub struct Handshakes {

@@ -15,7 +15,7 @@ use zeroize::Zeroize;
 
 use super::message::{INITIATION_NOISE_LEN, RESPONSE_NOISE_LEN};
 use crate::control::key::public_key;
-use crate::types::{PublicKey, Secret};
+use overnode_types::{PublicKey, Secret};
 
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 /// The prologue of WireGuard's handshakes.

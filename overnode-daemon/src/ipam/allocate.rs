@@ -10,7 +10,7 @@ use super::layout::quarters;
 use super::space::{next_free, overlap};
 use super::{Action, Fact, Ipam, IpamError, Key, Layout, Peer, Problem, RequestId};
 use crate::gossip::MAX_RANGES;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// The space that this node holds, and the addresses that it has allocated.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::layout::quarters;
 use super::message::{MAX_BLOCKS, Message, Round, Title};
 use super::{Fact, Ipam, IpamError, Peer, Retry, Timing};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Minimum number of addresses in a request for space.
 const LEAST: usize = 16;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// The reason why an address request, a reclaim or leaving failed. The messages are for operators.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

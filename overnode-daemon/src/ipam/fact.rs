@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::message::{Loan, Round, Title};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// A piece of state that must survive a crash. A fact replaces the earlier one with the same
 /// [`Key`].

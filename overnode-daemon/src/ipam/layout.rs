@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{IpamError, from_number, to_number};
-use crate::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 
 /// Number of node addresses: one for each possible ID, counted from 0.
 const NODE_ADDRESSES: u128 = NodeId::MAX as u128 + 1;

@@ -14,7 +14,7 @@ use super::fact::{Fact, Key, Successor};
 use super::message::{Loan, MAX_BLOCKS, Message, Round, Title};
 use super::space::{choose, free, overlap, single, size};
 use super::{Ipam, Problem, Retry};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of blocks that one answer adds.
 const MOST_BLOCKS: usize = 8;

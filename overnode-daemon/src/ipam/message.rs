@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{Layout, bounds};
 use crate::gossip::MAX_STAMP;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Greatest incarnation, epoch, serial and count. As in gossip, the values beyond leave room for a
 /// node to outbid what it hears.

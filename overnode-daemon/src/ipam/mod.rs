@@ -53,7 +53,7 @@ pub use space::size;
 pub use statics::{MAX_CLAIMS, MAX_STATIC};
 
 use crate::control::session::READ_LIMIT;
-use crate::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 
 /// Startup configuration of a node's address allocation.
 #[derive(Clone, Copy, Debug)]

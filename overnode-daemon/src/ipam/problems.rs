@@ -7,7 +7,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::{Ipam, Problem};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of contradictions that are kept, since borrowers may lie.
 const MAX_CONTRADICTIONS: usize = 256;

@@ -16,7 +16,7 @@ use super::fact::{Fact, Key};
 use super::layout::quarters;
 use super::message::{Loan, MAX_RIVALS, Message, Objection, Round, Title};
 use super::{Action, Ipam, IpamError, Peer, Problem, Question, Retry};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reclaiming {

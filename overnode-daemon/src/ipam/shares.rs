@@ -98,7 +98,7 @@ fn shares(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Network;
+    use overnode_types::Network;
 
     fn id(id: u16) -> NodeId {
         NodeId::new(id).unwrap()

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use super::message::{Message, Round, Verdict};
 use super::{Action, Ipam, IpamError, Peer, Problem, RequestId, Retry, Timing};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of claims that wait for answers at a time. Each one remembers up to one entry per
 /// node of the cluster.

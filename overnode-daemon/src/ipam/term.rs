@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::message::{LenderRole, Loan, MAX_RIVALS, Message, Round, Title};
 use super::{Ipam, Question, Retry, Successor};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// The questions that a birth owner asks before it takes the title, and the answers.
 #[derive(Clone, Debug)]

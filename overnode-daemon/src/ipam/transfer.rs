@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::fact::{Fact, Key, Successor};
 use super::message::{Loan, Message, Title};
 use super::{Action, Ipam, IpamError, Retry};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Target size of a part in bytes, so that no message is too long.
 const PART_BYTES: usize = 8 * 1024;

@@ -18,7 +18,7 @@ use std::time::Instant;
 use super::fact::{Fact, Key};
 use super::message::{Message, Round, Title};
 use super::{Ipam, Retry};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// What other nodes say about the quarters that this node lends, by quarter and node. Has only
 /// nodes that are reachable now.

@@ -46,7 +46,7 @@ pub async fn answer(node: mpsc::Sender<Call>) -> Response {
             ([(header::CONTENT_TYPE, CONTENT_TYPE)], render(*status)).into_response()
         }
         Ok(other) => other.into_response(),
-        Err(error) => error.into_response(),
+        Err(error) => server::refusal(&error),
     }
 }
 

@@ -25,7 +25,7 @@ use crate::control::frame::MAX_MESSAGE;
 use crate::control::hello::{Hello, Refusal};
 use crate::control::packet::Packet;
 use crate::control::session::{self, ConnectOptions, LocalIdentity, Reader, Role, Writer};
-use crate::types::{NodeId, PublicKey};
+use overnode_types::{NodeId, PublicKey};
 
 /// Time limit of a connection attempt to one address.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -537,7 +537,7 @@ mod tests {
     use super::*;
     use crate::control::key;
     use crate::control::renewal::RENEW_AFTER;
-    use crate::types::{Network, Secret};
+    use overnode_types::{Network, Secret};
 
     fn me(id: u16, secret: u8) -> LocalIdentity {
         let seed = Secret([secret; 32]);

@@ -14,7 +14,7 @@ use crate::control::dial::Phase;
 use crate::gossip::routed::KIND_ALLOCATION;
 use crate::gossip::{self, Record, RoutedMessage};
 use crate::ipam::{self, IpamError, RequestId};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// How long a node must have been reachable through other nodes before it counts as reachable.
 const STEADY: Duration = Duration::from_millis(900);

@@ -14,7 +14,7 @@ use crate::handshake::gate::{Gate, Judgment, Priority};
 use crate::handshake::{Counters, Transmit};
 use crate::net::known::Known;
 use crate::net::udp::{Received, Reception, UdpSockets};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Queue length for datagrams from addresses where nodes are expected.
 const HIGH: usize = 1024;
@@ -120,7 +120,7 @@ mod tests {
 
     use super::*;
     use crate::handshake::{Handshakes, Initiate, PeerConfig};
-    use crate::types::{PeerIndex, Secret};
+    use overnode_types::{PeerIndex, Secret};
 
     const OWN: u16 = 2;
 

@@ -14,16 +14,16 @@ use rand::rngs::StdRng;
 
 use super::running::Node;
 use crate::api::{BulkStatus, WorkersStatus};
-use crate::bulk::control::{FromWorkers, Keys, Mode, Report, SOCKET, ToWorkers, VERSION};
+use crate::bulk::control::{FromWorkers, Keys, Report, SOCKET, ToWorkers, VERSION};
 use crate::bulk::ipc::{self, WorkerSockets, WorkersConnection};
-use crate::bulk::message::Cipher;
 use crate::control::key;
 use crate::datapath::Clock;
 use crate::handshake::{
     Activity, Event, Handshakes, InheritedSession, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
 };
 use crate::store::Identity;
-use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
+use overnode_api::bulk::{Cipher, Mode};
+use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// Time limit for a worker process to accept connections, and to report its state.
 const GREETING: Duration = Duration::from_secs(3);

@@ -14,7 +14,7 @@ use crate::control::packet::Packet;
 use crate::gossip::{self, budget};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::store::Known;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of new records passed to the other parts of the node in one turn.
 const LEARN_AT_ONCE: usize = 64;

@@ -17,7 +17,7 @@ use crate::gossip::Record;
 use crate::handshake::{Activity, Event, InheritedSession, Initiate, PeerConfig};
 use crate::net::udp::Received;
 use crate::routing::Conflict;
-use crate::types::{NodeId, PeerIndex, PublicKey, Secret};
+use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How much longer the node with the higher ID waits before it initiates than the node with the
 /// lower ID.

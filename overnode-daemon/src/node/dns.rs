@@ -15,11 +15,12 @@ use super::running::Node;
 use crate::api::{self, ApiError, DnsAddresses, DnsEntry, DnsStatus};
 use crate::datapath::{self, KnownEndpoint, OwnNetns};
 use crate::dns::server::Sockets;
-use crate::dns::{self, Directory, Domain, Server, Service, Upstream, Zone, name};
-use crate::gossip::{MAX_NAMES, NAME_BYTES, Named, Record};
+use crate::dns::{self, Directory, Server, Service, Upstream, Zone};
+use crate::gossip::{MAX_NAMES, NAME_BYTES, Record};
 use crate::path::route::Route;
 use crate::store::Identity;
-use crate::types::NodeId;
+use overnode_types::NodeId;
+use overnode_types::name::{self, Domain, Named};
 
 /// How long a node must have been reachable before its names are served, so that changes of its
 /// names can arrive.

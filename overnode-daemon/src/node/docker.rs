@@ -20,7 +20,7 @@ use crate::docker::{
 use crate::failpoint;
 use crate::ipam::{Ipam, IpamError, RequestId};
 use crate::store::{Attachment, Identity, Kind, Store};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of requests that wait for an address at the same time.
 const MAX_WAITING: usize = 4096;

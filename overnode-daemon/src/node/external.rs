@@ -13,7 +13,7 @@ use crate::api::{
 };
 use crate::handshake::Initiate;
 use crate::store::ExternalPeer;
-use crate::types::{PeerIndex, Secret};
+use overnode_types::{PeerIndex, Secret};
 
 /// A configured WireGuard peer that is not a node.
 pub(super) type External = ExternalPeer;

@@ -12,7 +12,7 @@ use super::running::Node;
 use crate::api::EventKind;
 use crate::ipam::IpamError;
 use crate::routing::Conflict;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// How long an ID clash is remembered. The host that is refused retries several times within it.
 const CLASH_MEMORY: Duration = Duration::from_secs(180);

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::running::Node;
 use crate::api::{IpamStatus, LoanStatus, RangeOwner, ReclaimStatus};
 use crate::ipam;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 impl Node {
     pub(super) fn ipam_status(&self, now: Instant) -> IpamStatus {

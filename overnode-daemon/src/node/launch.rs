@@ -10,11 +10,12 @@ use crate::api::{self, ApiError, LaunchOutcome, Launched};
 use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::datapath::Datapath;
-use crate::dns::{DEFAULT_DOMAIN, Domain};
+use crate::dns::DEFAULT_DOMAIN;
 use crate::failpoint;
 use crate::ipam::Layout;
 use crate::store::Identity;
-use crate::types::{Network, Secret};
+use overnode_types::name::Domain;
+use overnode_types::{Network, Secret};
 
 /// The oldest and the newest control protocol version that this build supports.
 pub(super) const PROTOCOLS: (u16, u16) = (OLDEST_VERSION, NEWEST_VERSION);

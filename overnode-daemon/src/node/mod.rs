@@ -39,7 +39,7 @@ use crate::metrics;
 use crate::monitor::Hub;
 use crate::options::Options;
 use crate::store::{Store, StoreError};
-use crate::trust;
+use overnode_trust as trust;
 
 use addresses::Waiting;
 pub use reset::reset_offline;

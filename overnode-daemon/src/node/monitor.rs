@@ -15,7 +15,7 @@ use crate::monitor::decode::Seen;
 use crate::monitor::hub;
 use crate::monitor::{Hub, drop_reasons};
 use crate::store::Attachment;
-use crate::types::{NodeId, PeerIndex};
+use overnode_types::{NodeId, PeerIndex};
 
 /// Maximum number of dropped packets shown per second and reason. All of them fit into the ring
 /// buffer of the eBPF programs.

@@ -14,7 +14,7 @@ use crate::datapath::Probe;
 use crate::handshake::Transmit;
 use crate::path::route::{self, Graph, Route};
 use crate::path::{Action, PathState};
-use crate::types::{NodeId, PeerIndex};
+use overnode_types::{NodeId, PeerIndex};
 
 /// A new path gets this time to prove itself before a relay replaces it. Sessions, connections and
 /// probes of a node that has just joined take a moment each.

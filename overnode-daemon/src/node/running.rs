@@ -40,7 +40,7 @@ use crate::options::Options;
 use crate::path::Paths;
 use crate::routing::Routing;
 use crate::store::{self, Identity, Store};
-use crate::types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
+use overnode_types::{NodeId, PeerIndex, PublicKey, VerifyingKey};
 
 /// How often the maps are read for activity, confirmations and statistics.
 const TICK: Duration = Duration::from_secs(1);

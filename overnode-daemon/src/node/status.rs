@@ -18,7 +18,7 @@ use crate::control::session::PATTERN;
 use crate::datapath::{Hook, UnderlayStatus};
 use crate::gossip::{self, Record};
 use crate::path::route::Route;
-use crate::types::{NodeId, PeerIndex};
+use overnode_types::{NodeId, PeerIndex};
 
 impl Node {
     pub(super) fn status(&mut self) -> Result<Status, ApiError> {

@@ -38,7 +38,7 @@ use probe::{LARGEST, Probe, SMALLEST};
 pub use rtt::{LONGEST_WAIT, SHORTEST_WAIT};
 pub use state::{Fault, PathState};
 
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// With more peers than this, those without traffic are probed only every [`STRETCHED_INTERVAL`].
 pub const MANY_PEERS: usize = 64;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::mtu::FLOOR;
 use super::state::PathState;
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Maximum number of links on a route, and the initial hop limit in the relay header. A longer
 /// route is not used.

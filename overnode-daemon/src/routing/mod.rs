@@ -49,7 +49,7 @@ use ipnet::IpNet;
 
 use crate::gossip::Record;
 use crate::ipam::{Layout, quarters};
-use crate::types::{NodeId, VerifyingKey};
+use overnode_types::{NodeId, VerifyingKey};
 
 /// How long a node keeps the addresses that it announced first after it was last reachable. Its
 /// sessions carry traffic for no longer (WireGuard's reject-after-time), and a daemon that restarts

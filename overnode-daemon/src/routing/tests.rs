@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng};
 
 use super::*;
 use crate::gossip::Signature;
-use crate::types::{Network, PublicKey};
+use overnode_types::{Network, PublicKey};
 
 const OWN: u16 = 1;
 

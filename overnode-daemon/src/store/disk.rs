@@ -9,7 +9,7 @@ use std::time::Duration;
 use redb::{DatabaseError, StorageError};
 
 use super::{DATABASE, LOCK, Result, StoreError};
-use crate::trust;
+use overnode_trust as trust;
 
 const DIRECTORY_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;

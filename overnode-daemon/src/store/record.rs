@@ -6,12 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::bulk::control::Mode;
 use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
 use crate::control::key;
 use crate::control::session::LocalIdentity;
 use crate::gossip::Record;
-use crate::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
+use overnode_api::bulk::Mode;
+use overnode_api::{CniEndpoint, Kind};
+use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// The identity of this node. `launch` creates it and `reset` removes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,21 +63,6 @@ pub struct Known {
     pub standing: Vec<(IpNet, u64)>,
 }
 
-/// What attached an endpoint and is responsible for detaching it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// `overnode attach`.
-    #[default]
-    Netns,
-    /// A Docker engine.
-    Docker,
-    /// A container runtime, through CNI.
-    Cni,
-    /// `overnode expose`: the endpoint is the host itself.
-    Host,
-}
-
 /// A Docker engine's identifiers for an endpoint. An address without this is allocated, but has no
 /// endpoint yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,20 +75,6 @@ pub struct EngineEndpoint {
     pub mac: [u8; 6],
     /// Whether the endpoint has joined a container. [`Attachment::netns`] locates the container.
     pub joined: bool,
-}
-
-/// A container runtime's identifiers for an attachment that it requested through CNI. The
-/// attachment's target is the container's ID.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CniEndpoint {
-    /// The network's name.
-    pub network: String,
-    /// `CNI_IFNAME`. Together with the container's ID, it identifies an attachment.
-    pub ifname: String,
-    /// The interface in the container: `ifname`, unless another plugin created an interface with
-    /// that name.
-    pub interface: String,
 }
 
 /// The holder of an address: a network namespace, a container of an engine, or the host.

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use super::*;
-use crate::types::{Network, PublicKey, VerifyingKey};
+use overnode_types::{Network, PublicKey, VerifyingKey};
 
 fn identity() -> Identity {
     Identity {
@@ -58,8 +58,8 @@ fn external(secret: Option<u8>) -> ExternalPeer {
     }
 }
 
-fn record(id: u16) -> gossip::Record {
-    gossip::Record {
+fn record(id: u16) -> crate::gossip::Record {
+    crate::gossip::Record {
         id: NodeId::new(id).unwrap(),
         incarnation: 1,
         version: 7,
@@ -71,9 +71,9 @@ fn record(id: u16) -> gossip::Record {
         no_direct_path: Vec::new(),
         ranges: vec!["10.40.0.0/15".parse().unwrap()],
         claims: vec!["10.32.0.1".parse().unwrap()],
-        names: vec![gossip::Named { name: "web".into(), address: "10.32.0.1".parse().unwrap() }],
+        names: vec![Named { name: "web".into(), address: "10.32.0.1".parse().unwrap() }],
         verifying_key: VerifyingKey([2; 32]),
-        signature: gossip::Signature([3; 64]),
+        signature: crate::gossip::Signature([3; 64]),
     }
 }
 

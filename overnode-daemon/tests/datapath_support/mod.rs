@@ -12,7 +12,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use nix::sched::{CloneFlags, setns};
 use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
 use overnode_daemon::handshake::SessionKeys;
-use overnode_daemon::types::{Network, NodeId, PeerIndex, PublicKey, Secret};
+use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Runs a command, fails the test if the command fails, and returns its standard output.
 pub fn run(program: &str, arguments: &[&str]) -> String {

@@ -22,10 +22,7 @@ pub fn dropped<const PROGRAM: u32>(frame: impl Frame, reason: Reason) {
         // cipher runs.
         #[inline(never)]
         fn emit(program: &str, reason: u32, ifindex: u32, len: u32) {
-            debug!(
-                (),
-                "{}: reason {}, interface {}, {} bytes", program, reason, ifindex, len
-            );
+            debug!((), "{}: reason {}, interface {}, {} bytes", program, reason, ifindex, len);
         }
         emit(const { name(PROGRAM) }, reason as u32, frame.ifindex(), frame.len());
     }

@@ -6,7 +6,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_ebpf::replay::WINDOW;
 use overnode_ebpf::wire::REJECT_AFTER_MESSAGES;
 
-use overnode_daemon::types::{from_map, to_map};
+use overnode_daemon::datapath::{from_map, to_map};
 
 use crate::packet::{
     Path, ethernet, handshake, inbound, ipv4, ipv4_with, message, open, padded, set_ipv4_checksum,

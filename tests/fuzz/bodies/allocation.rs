@@ -9,7 +9,7 @@ use overnode_daemon::ipam::{
     Action, Change, Config, Fact, Ipam, Key, Loan, MAX_MESSAGE, Message, Peer, RequestId, Round,
     Timing, Title,
 };
-use overnode_daemon::types::{Network, NodeId};
+use overnode_types::{Network, NodeId};
 
 use super::input::{Input, MAX_STEPS};
 

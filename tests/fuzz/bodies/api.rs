@@ -7,7 +7,7 @@ use overnode_daemon::api::{
     AddExternalPeer, Attach, Connect, Detach, Forget, Host, Launch, RemoveExternalPeer, Reset,
     Status, Target, Token, check_name,
 };
-use overnode_daemon::types::{NodeId, PublicKey, Secret};
+use overnode_types::{NodeId, PublicKey, Secret};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -12,7 +12,7 @@ mod error;
 mod result;
 
 use overnode_daemon::api::{Attached, Target, check_name};
-use overnode_daemon::text::is_harmless;
+use overnode_types::text::is_harmless;
 
 use config::{Command, Task};
 use error::CniError;

@@ -11,7 +11,7 @@ use overnode_daemon::control::key;
 use overnode_daemon::control::packet::Packet;
 use overnode_daemon::control::renewal::{Keys, Renewal};
 use overnode_daemon::control::session::Role;
-use overnode_daemon::types::{Network, NodeId, Secret};
+use overnode_types::{Network, NodeId, Secret};
 
 use super::input::{Input, MAX_STEPS};
 

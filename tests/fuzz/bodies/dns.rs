@@ -7,12 +7,12 @@ use std::path::Path;
 
 use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType, rdata};
-use overnode_daemon::dns::name::{Domain, is_relative, relative};
 use overnode_daemon::dns::service::{Pending, Service, Step, Transport};
 use overnode_daemon::dns::zone::MAX_ANSWERS;
 use overnode_daemon::dns::{Directory, Upstream, Zone};
-use overnode_daemon::gossip::Named;
-use overnode_daemon::types::{Network, NodeId};
+use overnode_types::name::Named;
+use overnode_types::name::{Domain, is_relative, relative};
+use overnode_types::{Network, NodeId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 

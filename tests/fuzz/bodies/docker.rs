@@ -9,8 +9,8 @@ use overnode_daemon::docker::message::{ID_LIMIT, Request, is_id};
 use overnode_daemon::docker::plan::LEASE_EXPIRY;
 use overnode_daemon::docker::{Docker, Report, Settings, Step};
 use overnode_daemon::store::Attachment;
-use overnode_daemon::text::is_harmless;
-use overnode_daemon::types::Network;
+use overnode_types::Network;
+use overnode_types::text::is_harmless;
 
 use super::input::{Input, MAX_STEPS};
 

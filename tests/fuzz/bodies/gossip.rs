@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use overnode_daemon::control::frame::MAX_MESSAGE;
 use overnode_daemon::gossip::routed::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
 use overnode_daemon::gossip::{
-    Action, Gossip, MAX_STAMP, Message, Named, Record, RoutedMessage, SKEW_MS, Signature, Signer,
-    Stamp, budget,
+    Action, Gossip, MAX_STAMP, Message, Record, RoutedMessage, SKEW_MS, Signature, Signer, Stamp,
+    budget,
 };
-use overnode_daemon::types::{NodeId, Secret, VerifyingKey};
+use overnode_types::name::Named;
+use overnode_types::{NodeId, Secret, VerifyingKey};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 

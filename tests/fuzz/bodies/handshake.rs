@@ -11,7 +11,7 @@ use blake2::digest::{FixedOutput, KeyInit, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 use overnode_daemon::handshake::gate::{Gate, Judgment};
 use overnode_daemon::handshake::{Event, Handshakes, Initiate, PeerConfig, SessionKeys};
-use overnode_daemon::types::{PeerIndex, PublicKey, Secret};
+use overnode_types::{PeerIndex, PublicKey, Secret};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 

@@ -3,13 +3,13 @@
 
 use overnode_daemon::api::{DroppedPacket, EventKind, MonitorEvent};
 use overnode_daemon::monitor::decode::{Seen, record};
-use overnode_daemon::text::is_harmless;
 use overnode_ebpf::map::{
     DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
     PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::Relay;
+use overnode_types::text::is_harmless;
 
 use super::input::Input;
 

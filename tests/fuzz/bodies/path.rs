@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use overnode_daemon::path::probe::{ENCAP_LEN, Kind, LARGEST, Probe, SMALLEST};
 use overnode_daemon::path::{Action, Paths};
-use overnode_daemon::types::NodeId;
+use overnode_types::NodeId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 

@@ -4,12 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use overnode_daemon::gossip::{Named, Record, Signature};
+use overnode_daemon::gossip::{Record, Signature};
 use overnode_daemon::store::{
     Attachment, DATABASE, EngineEndpoint, ExternalPeer, Identity, Kind, Known, Store, StoreError,
 };
-use overnode_daemon::text::is_harmless;
-use overnode_daemon::types::{Network, NodeId, PeerIndex, PublicKey, Secret, VerifyingKey};
+use overnode_types::name::Named;
+use overnode_types::text::is_harmless;
+use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret, VerifyingKey};
 use redb::{Database, ReadableDatabase, TableDefinition};
 
 use super::input::{Input, MAX_STEPS};

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::Direction;
-use crate::types::{NodeId, PublicKey};
+use overnode_types::{NodeId, PublicKey};
 
 #[derive(Clone, Debug)]
 pub(super) struct Connection {

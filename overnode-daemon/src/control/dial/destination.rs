@@ -7,7 +7,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::{AttemptId, FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 #[derive(Clone, Debug)]
 pub(super) struct Destination {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::{Destination, Dialer, Key, State};
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Which side opened a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

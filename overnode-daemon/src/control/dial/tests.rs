@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use rand::SeedableRng;
 
 use super::*;
-use crate::types::{Network, PublicKey, VerifyingKey};
+use overnode_types::{Network, PublicKey, VerifyingKey};
 
 struct Bench {
     dialer: Dialer,

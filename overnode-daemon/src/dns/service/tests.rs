@@ -7,10 +7,11 @@ use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::super::{Domain, Zone};
+use super::super::Zone;
 use super::*;
-use crate::gossip::Named;
-use crate::types::{Network, NodeId};
+use overnode_types::name::Domain;
+use overnode_types::name::Named;
+use overnode_types::{Network, NodeId};
 
 const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 40, 0, 9));
 

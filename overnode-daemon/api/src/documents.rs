@@ -11,10 +11,10 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+use super::attachment::CniEndpoint;
+use super::bulk::Mode;
 use super::target::{Host, Netns, Target};
-use crate::bulk::control::Mode;
-use crate::store::CniEndpoint;
-use crate::types::{NodeId, PublicKey, Secret};
+use overnode_types::{NodeId, PublicKey, Secret};
 
 /// Starts the node, or adds targets to a running node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -445,7 +445,7 @@ mod secret {
     use serde::{Deserialize, Deserializer, Serializer};
     use zeroize::Zeroize;
 
-    use crate::types::Secret;
+    use overnode_types::Secret;
 
     pub fn serialize<S: Serializer>(
         secret: &Option<Secret>,

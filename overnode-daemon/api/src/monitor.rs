@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::status::Path;
-use crate::types::{NodeId, PublicKey};
+use overnode_types::{NodeId, PublicKey};
 
 /// An event on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

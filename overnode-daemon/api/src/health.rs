@@ -9,7 +9,7 @@ use super::status::{
     ConnectionState, Direction, EndpointState, LastError, Path, PeerStatus, SessionState, Status,
     TargetState,
 };
-use crate::types::NodeId;
+use overnode_types::NodeId;
 
 /// Probe loss per mille above which a direct path gets a finding.
 const LOSSY: u16 = 20;
@@ -297,8 +297,8 @@ mod tests {
         let mut status = json!({
             "node": {
                 "id": 1, "nickname": "host1", "state": "running", "version": "1",
-                "uptime_seconds": 60, "network": crate::types::Network::default(),
-                "public_key": crate::types::PublicKey([1; 32]),
+                "uptime_seconds": 60, "network": overnode_types::Network::default(),
+                "public_key": overnode_types::PublicKey([1; 32]),
             },
             "targets": [{"host": "host2", "state": "established", "peer": 2}],
             "peers": [

@@ -9,12 +9,11 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::attachment::{CniEndpoint, Kind};
+use super::bulk::{Cipher, Mode};
 use super::health::Health;
 use super::target::{Host, Target};
-use crate::bulk::control::Mode;
-use crate::bulk::message::Cipher;
-pub use crate::store::{CniEndpoint, Kind};
-use crate::types::{Network, NodeId, PublicKey};
+use overnode_types::{Network, NodeId, PublicKey};
 
 /// The status of a node: everything it knows about itself and the cluster.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

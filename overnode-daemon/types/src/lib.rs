@@ -1,11 +1,14 @@
-//! Basic types that all parts of the node share.
+//! Basic types that all parts of overnode share. No I/O.
+
+pub mod name;
+pub mod text;
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 
+use data_encoding::BASE64;
 use ipnet::{IpNet, Ipv4Net};
-use overnode_ebpf::map::Address;
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
@@ -182,8 +185,6 @@ impl<'de> Deserialize<'de> for PublicKey {
     }
 }
 
-use data_encoding::BASE64;
-
 fn decode_key(text: &str) -> Result<[u8; 32], BadKey> {
     BASE64.decode(text.as_bytes()).ok().and_then(|bytes| bytes.try_into().ok()).ok_or(BadKey)
 }
@@ -204,21 +205,5 @@ impl Default for Network {
             subnet: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 32, 0, 0), 12)),
             range: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 40, 0, 0), 13)),
         }
-    }
-}
-
-/// Converts an address to its form in BPF maps.
-pub fn to_map(address: IpAddr) -> Address {
-    match address {
-        IpAddr::V4(v4) => Address::from_v4(v4.octets()),
-        IpAddr::V6(v6) => Address(v6.octets()),
-    }
-}
-
-/// Converts an address from its form in BPF maps. IPv4-mapped addresses become IPv4.
-pub fn from_map(address: Address) -> IpAddr {
-    match address.to_v4() {
-        Some(v4) => IpAddr::V4(v4.into()),
-        None => IpAddr::V6(Ipv6Addr::from(address.0)),
     }
 }

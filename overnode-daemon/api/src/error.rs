@@ -76,6 +76,7 @@ impl ErrorKind {
     }
 }
 
+#[cfg(feature = "anyhow")]
 impl From<anyhow::Error> for ApiError {
     fn from(error: anyhow::Error) -> Self {
         Self::failed(format_args!("{error:#}"))

@@ -1,7 +1,9 @@
 //! Validates and converts names. Nodes exchange relative names: lower-case labels separated by
 //! dots, without the domain and without a trailing dot.
 
-use hickory_proto::rr::Name;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
 
 /// Longest relative name, in bytes.
 pub const MAX_NAME: usize = 128;
@@ -9,6 +11,22 @@ pub const MAX_NAME: usize = 128;
 const MAX_LABEL: usize = 63;
 /// Longest domain, in bytes. Together with it, every relative name is still a valid DNS name.
 const MAX_DOMAIN: usize = 100;
+
+/// A name and one of its addresses. The name is valid by [`is_relative`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Named {
+    /// The name without the domain.
+    pub name: String,
+    /// The address that the name resolves to.
+    pub address: IpAddr,
+}
+
+impl Named {
+    /// Returns the approximate size in bytes of the name in a record.
+    pub fn size(&self) -> usize {
+        2 + self.name.len() + if self.address.is_ipv4() { 5 } else { 17 }
+    }
+}
 
 /// The text is not a domain that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -53,7 +71,6 @@ pub fn relative(text: &str, domains: &[Domain]) -> Result<String, BadName> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Domain {
     text: String,
-    name: Name,
 }
 
 impl Domain {
@@ -67,40 +84,12 @@ impl Domain {
         if text.len() > MAX_DOMAIN || !is_relative(text) || is_of_addresses(text) {
             return Err(BadDomain);
         }
-        let name = Name::from_ascii(format!("{text}.")).map_err(|_| BadDomain)?;
-        Ok(Self { text: text.to_owned(), name })
+        Ok(Self { text: text.to_owned() })
     }
 
     /// Returns the domain without a trailing dot.
     pub fn as_str(&self) -> &str {
         &self.text
-    }
-
-    pub(super) fn name(&self) -> &Name {
-        &self.name
-    }
-
-    /// Returns the part of a name before this domain. It is empty for the domain itself, and `None`
-    /// for a name outside the domain or a name that no node can have.
-    pub(super) fn part_before(&self, name: &Name) -> Option<String> {
-        // `Name::num_labels` does not count an asterisk.
-        let labels = name.iter().count().checked_sub(self.name.iter().count())?;
-        let labels: Option<Vec<String>> = name
-            .iter()
-            .take(labels)
-            .map(|label| std::str::from_utf8(label).ok().map(str::to_ascii_lowercase))
-            .collect();
-        let labels = labels?;
-        // Joining would turn a label that contains a dot into two labels.
-        labels
-            .iter()
-            .all(|label| is_relative(label) && !label.contains('.'))
-            .then(|| labels.join("."))
-    }
-
-    /// Returns the DNS name of a relative name in this domain.
-    pub(super) fn absolute(&self, relative: &str) -> Option<Name> {
-        Name::from_ascii(format!("{relative}.{}.", self.text)).ok()
     }
 }
 
@@ -164,22 +153,8 @@ mod tests {
         {
             assert_eq!(Domain::new(bad), Err(BadDomain), "{bad:?}");
         }
-        let longest = Domain::new(&["a".repeat(50), "b".repeat(49)].join(".")).unwrap();
+        assert!(Domain::new(&["a".repeat(50), "b".repeat(49)].join(".")).is_ok());
         let name = ["c".repeat(63), "d".repeat(62), "e".into()].join(".");
         assert!(is_relative(&name) && name.len() == MAX_NAME);
-        assert!(longest.absolute(&name).is_some());
-    }
-
-    #[test]
-    fn ambiguous_labels_match_no_name() {
-        let domain = Domain::new("overnode.local").unwrap();
-        let name = |labels: &[&[u8]]| {
-            Name::from_labels(labels.iter().copied().chain([&b"overnode"[..], b"local"])).unwrap()
-        };
-        assert_eq!(domain.part_before(&name(&[b"a", b"b"])).as_deref(), Some("a.b"));
-        assert_eq!(domain.part_before(&name(&[])).as_deref(), Some(""));
-        for odd in [&b"a.b"[..], b"a\\", b"\0", b"\xff", b"*"] {
-            assert_eq!(domain.part_before(&name(&[odd])), None);
-        }
     }
 }
