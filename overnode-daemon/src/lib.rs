@@ -11,6 +11,7 @@ pub mod bulk;
 mod checksum;
 pub mod control;
 pub mod datapath;
+pub mod dispatch;
 pub mod dns;
 pub mod docker;
 pub mod failpoint;

@@ -17,10 +17,10 @@ use axum::routing::{MethodRouter, get, post};
 use futures_util::stream;
 use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
-use super::error::ErrorBody;
-use super::{ApiError, BODY_LIMIT, Call, ErrorKind, EventKind, Reply, Request, Route, routes};
+use super::{ApiError, BODY_LIMIT, Call, EventKind, Reply, Request, Route, routes};
+use crate::dispatch::{call, refusal, refuse};
 use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
@@ -144,16 +144,6 @@ async fn ask(State(node): Node, request: Request) -> Response {
     }
 }
 
-/// Sends a request to the node and waits for the answer.
-pub(crate) async fn call(node: &mpsc::Sender<Call>, request: Request) -> Result<Reply, ApiError> {
-    let (answer, answered) = oneshot::channel();
-    let stopped = |()| {
-        ApiError::failed("the node stopped before it answered: `overnode resume` starts it again")
-    };
-    node.send((request, answer)).await.map_err(|_| stopped(()))?;
-    answered.await.map_err(|_| stopped(()))?
-}
-
 /// Streams events until the reader disconnects or the daemon ends.
 async fn monitor(State(node): Node, hub: Hub) -> Response {
     // Subscribe before asking the node: events are only emitted while there is a reader.
@@ -187,36 +177,4 @@ async fn wrong_method(method: Method, uri: Uri) -> Response {
     let message =
         format!("{} does not accept {method}: use the other one of GET and POST", uri.path());
     refuse(StatusCode::METHOD_NOT_ALLOWED, &ApiError::usage(message))
-}
-
-impl IntoResponse for Reply {
-    fn into_response(self) -> Response {
-        match serde_json::to_vec(&self) {
-            Ok(body) => json(StatusCode::OK, body),
-            Err(error) => {
-                let message = format_args!("the answer could not be encoded as JSON: {error}");
-                refusal(&ApiError::failed(message))
-            }
-        }
-    }
-}
-
-/// Returns the HTTP response of an error.
-pub(crate) fn refusal(error: &ApiError) -> Response {
-    let status = match error.kind {
-        ErrorKind::Usage => StatusCode::BAD_REQUEST,
-        ErrorKind::Refused => StatusCode::CONFLICT,
-        ErrorKind::Missing => StatusCode::NOT_FOUND,
-        ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
-    };
-    refuse(status, error)
-}
-
-fn refuse(status: StatusCode, error: &ApiError) -> Response {
-    let body = ErrorBody { error: error.message.clone() };
-    json(status, serde_json::to_vec(&body).unwrap_or_default())
-}
-
-fn json(status: StatusCode, body: Vec<u8>) -> Response {
-    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
 }

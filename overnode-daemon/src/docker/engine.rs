@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::NAME;
 use super::message::is_id;
-use crate::api::check_name;
+use overnode_api::check_name;
 use overnode_types::text::{is_harmless, reason};
 
 /// Time limit of one request. While it creates a network, the engine in turn calls the plugin.

@@ -17,9 +17,9 @@ use super::message::{
     CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress,
     Request, RequestAddress, RequestPool, Response,
 };
-use crate::api::check_name;
 use crate::datapath::waiting_interface;
 use crate::store::{Attachment, EngineEndpoint, Kind};
+use overnode_api::check_name;
 use overnode_types::text::quoted;
 
 /// Time after which a lease that the engine no longer lists is freed. It only counts while the

@@ -13,7 +13,7 @@ use prometheus_client::registry::Unit;
 
 use overnode_ebpf::reason::Reason;
 
-use crate::api::{
+use overnode_api::{
     BulkStatus, ConnectionState, DataStatus, EndpointState, Kind, Level, NodeState, Path,
     PeerStatus, SessionState, Status, TargetState,
 };

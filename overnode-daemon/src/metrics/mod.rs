@@ -21,7 +21,9 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use crate::api::{Call, Reply, Request, Status, server};
+use overnode_api::Status;
+
+use crate::dispatch::{Call, Reply, Request, call, refusal};
 
 /// The content type of the OpenMetrics text format.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -41,12 +43,12 @@ pub fn render(status: Status) -> String {
 
 /// Answers a request for metrics.
 pub async fn answer(node: mpsc::Sender<Call>) -> Response {
-    match server::call(&node, Request::Status).await {
+    match call(&node, Request::Status).await {
         Ok(Reply::Status(status)) => {
             ([(header::CONTENT_TYPE, CONTENT_TYPE)], render(*status)).into_response()
         }
         Ok(other) => other.into_response(),
-        Err(error) => server::refusal(&error),
+        Err(error) => refusal(&error),
     }
 }
 

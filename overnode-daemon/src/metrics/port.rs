@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{CONTENT_TYPE, answer};
-use crate::api::Call;
+use crate::dispatch::Call;
 use crate::net::admission::{Admission, Limits, Place};
 
 /// Limits on concurrent connections and on the rate of connections per source.
@@ -130,7 +130,7 @@ mod tests {
     use tokio::net::TcpSocket;
 
     use super::*;
-    use crate::api::ApiError;
+    use overnode_api::ApiError;
 
     /// Starts a server and returns its address and a count of requests to the node. The node
     /// refuses all of them.

@@ -14,7 +14,7 @@ use overnode_ebpf::wire::{
     IPV4_LEN, IPV6_LEN, Relay, TYPE_DATA, UDP_LEN,
 };
 
-use crate::api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
+use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
 
 /// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;

@@ -9,7 +9,7 @@ use axum::body::Bytes;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::api::{EventKind, MonitorEvent};
+use overnode_api::{EventKind, MonitorEvent};
 
 /// Maximum number of concurrent readers.
 pub const MAX_READERS: usize = 16;
