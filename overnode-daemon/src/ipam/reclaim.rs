@@ -523,12 +523,24 @@ impl Ipam {
         if self.reclaiming.claims.contains_key(&of) {
             return;
         }
-        // If the reclaim is complete, the promise must not end before the sender knows of it.
         if self.is_reclaimed(of, incarnation) {
             self.send_tombstones_of(from, Some(of));
-        } else {
+        }
+        // If this node completed the reclaim, the promise must not end before the sender knows of
+        // it. If another node did, the sender may not believe the tombstone, and could not reclaim
+        // the dead node itself while the promise lasts.
+        if !self.may_have_reclaimed(of, incarnation) {
             self.send(from, &Message::ReclaimOver { of, round });
         }
+    }
+
+    /// Returns true if this node may have completed a reclaim of this incarnation. Its tombstone
+    /// may have been replaced by a later one of another node.
+    fn may_have_reclaimed(&self, of: NodeId, incarnation: u64) -> bool {
+        self.reclaiming.tombstones.get(&of).is_some_and(|tombstone| {
+            incarnation < tombstone.incarnation
+                || (incarnation == tombstone.incarnation && tombstone.by == self.id)
+        })
     }
 
     /// Returns true if this node has promised to take nothing from `id`.
