@@ -189,16 +189,16 @@ impl Ipam {
             return;
         }
         answer.loan.epoch = self.bounded_epoch(from, answer.loan.epoch);
-        if !from.has_initial_quarter() {
-            // The sender never lends, and it may have made up the titles that it reports.
-            answer.part = LenderRole::None;
-            answer.title = Title { serial: 0, holder: answer.title.holder };
-            answer.rivals.retain(|rival| rival.has_initial_quarter());
-        }
         let half = self.layout.lendable(self.id);
         answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));
-        let title = answer.title;
-        self.hear(self.id, title);
+        if from.has_initial_quarter() {
+            self.hear(self.id, answer.title);
+        } else {
+            // The sender never lends, and it may have made up the title that it reports. The title
+            // is not even a hint: if its holder does not exist, this node would wait for it forever.
+            answer.part = LenderRole::None;
+            answer.rivals.retain(|rival| rival.has_initial_quarter());
+        }
         let settled = now + self.timing.settle;
         if let Some(term) = &mut self.term {
             let lent =

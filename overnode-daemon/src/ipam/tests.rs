@@ -1070,6 +1070,31 @@ fn a_liar_cannot_take_a_quarter_by_claiming_to_hold_it() {
     cluster.check();
 }
 
+/// A newly launched node 1 asks a liar, which answers that node 4 has the title. There is no node 4.
+#[test]
+fn a_liar_cannot_make_a_new_lender_wait_for_a_node_that_does_not_exist() {
+    for serial in [0, 1005] {
+        let (mut ipam, now) = (node(1), Instant::now());
+        ipam.set_targets_met(true, now);
+        ipam.learn(id(6), Peer { incarnation: 1006, ..Peer::default() }, now);
+        ipam.set_reachable(BTreeSet::from([id(6)]), now);
+        let now = now + LONG;
+        ipam.handle_timeout(now);
+        let sent = sent_to(&mut ipam, 6);
+        let [Message::Ask { round, .. }] = sent[..] else { panic!("{sent:?}") };
+        let answer = Message::Answer {
+            round,
+            epoch: 1006,
+            title: Title { serial, holder: id(4) },
+            part: LenderRole::None,
+            holds: Vec::new(),
+            rivals: Vec::new(),
+        };
+        ipam.handle_message(id(6), &answer.encode(), now).unwrap();
+        assert!(ipam.lends(id(1)).is_some(), "{:?}", ipam.pending());
+    }
+}
+
 #[test]
 fn a_liar_cannot_lend_a_quarter_by_announcing_it() {
     let mut cluster = Cluster::new("10.1.0.0/24", [5]);
