@@ -181,3 +181,11 @@ fn regression_nodes_unaware_of_their_reclaim_keep_their_titles() {
         assert_passes(seed, 9);
     }
 }
+
+/// One claimant took back the space of two live nodes at once. The two had just met and vouched for
+/// each other, which the design cannot prevent. The simulation counted only the second one as
+/// reclaimed together with another node.
+#[test]
+fn regression_two_live_nodes_are_reclaimed_at_once() {
+    assert_passes(99336, 9);
+}

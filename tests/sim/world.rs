@@ -757,39 +757,47 @@ impl World {
             {
                 self.end_routes(id, Some(*block));
             }
-            if let ipam::Change::Put(Fact::Tombstone { id: of, incarnation, by }) = change
-                && *by == id
-                && self.hosts[of].disk.as_ref().is_some_and(|disk| disk.epoch() <= *incarnation)
-            {
-                self.add_tombstone(*of, *incarnation);
-            }
         }
+        self.add_tombstones(id, changes);
         if self.settings.sabotage.is_checked() {
             self.check_disks(id, changes);
         }
     }
 
-    /// Handles the reclaim of a node that lives, and that is cut off or was a moment ago. If the
-    /// case is one that the design cannot prevent (docs/internals/addresses.md), the node is made
-    /// dead for good instead.
-    fn add_tombstone(&mut self, of: NodeId, incarnation: u64) {
-        let may_lend =
-            self.node(of).is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
-        if may_lend && !self.is_another_reclaimed_alive(of) && self.settings.sabotage.is_checked() {
-            self.violate(format!(
-                "the space of {of} is reclaimed while another node vouches for it"
-            ));
+    /// Handles the reclaim of nodes that live, and that are cut off or were a moment ago. `by`
+    /// takes back the space of all of them at once. Nodes for which the case is one that the design
+    /// cannot prevent (docs/internals/addresses.md) are made dead for good instead.
+    fn add_tombstones(&mut self, by: NodeId, changes: &[ipam::Change]) {
+        let mut alive = Vec::new();
+        for change in changes {
+            if let ipam::Change::Put(Fact::Tombstone { id: of, incarnation, by: claimant }) = change
+                && *claimant == by
+                && self.hosts[of].disk.as_ref().is_some_and(|disk| disk.epoch() <= *incarnation)
+            {
+                self.reclaimed.insert(*of, *incarnation);
+                alive.push(*of);
+            }
         }
-        let is_excluded = !self.has_nothing_to_lose(of);
-        self.reclaimed.insert(of, incarnation);
-        if is_excluded {
+        for &of in &alive {
+            let may_lend = self
+                .node(of)
+                .is_some_and(|node| quarters().any(|quarter| node.ipam.may_lend(quarter)));
+            if may_lend && !self.reaches_reclaimed_alive(of) && self.settings.sabotage.is_checked()
+            {
+                self.violate(format!(
+                    "the space of {of} is reclaimed while another node vouches for it"
+                ));
+            }
+        }
+        let (kept, excluded): (Vec<_>, Vec<_>) =
+            alive.into_iter().partition(|of| self.has_nothing_to_lose(*of));
+        self.counts.reclaimed_alive += kept.len() as u64;
+        for of in excluded {
             self.log(|| format!("{of} is now gone for good"));
             self.wipe(of);
             if let Some(host) = self.hosts.get_mut(&of) {
                 host.is_dead = true;
             }
-        } else {
-            self.counts.reclaimed_alive += 1;
         }
     }
 
@@ -797,6 +805,12 @@ impl World {
     pub fn is_reclaimed_alive(&self, id: NodeId) -> bool {
         let epoch = self.hosts[&id].disk.as_ref().map(Disk::epoch);
         self.reclaimed.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
+    }
+
+    /// Returns whether a node reaches another node like that, which may vouch for it.
+    fn reaches_reclaimed_alive(&self, id: NodeId) -> bool {
+        let node = self.hosts[&id].node.as_ref();
+        node.is_some_and(|node| node.paths.keys().any(|other| self.is_reclaimed_alive(*other)))
     }
 
     /// Returns whether there is another node like that. The two may vouch for each other.

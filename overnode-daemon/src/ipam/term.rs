@@ -195,7 +195,8 @@ impl Ipam {
             self.hear(self.id, answer.title);
         } else {
             // The sender never lends, and it may have made up the title that it reports. The title
-            // is not even a hint: if its holder does not exist, this node would wait for it forever.
+            // is not even a hint: if its holder does not exist, this node would wait for it
+            // forever.
             answer.part = LenderRole::None;
             answer.rivals.retain(|rival| rival.has_initial_quarter());
         }

@@ -902,10 +902,10 @@ fn nothing_is_lent_to_a_node_after_consent_to_its_reclaim() {
     }
 }
 
-/// Node 3 has lent to node 8, which is gone. Node 3 promises nodes 1 and 2 to take nothing from node
-/// 8, and is cut off. Node 1 completes the reclaim and leaves. Node 3 then believes no other node
-/// that the reclaim is complete, so its operator has to reclaim node 8 there. In seeds 3998 and 83579
-/// of the simulation the promise to node 2 never ended, and node 3 refused that.
+/// Node 3 has lent to node 8, which is gone. Node 3 promises nodes 1 and 2 to take nothing from
+/// node 8, and is cut off. Node 1 completes the reclaim and leaves. Node 3 then believes no other
+/// node that the reclaim is complete, so its operator has to reclaim node 8 there. In seeds 3998
+/// and 83579 of the simulation the promise to node 2 never ended, and node 3 refused that.
 #[test]
 fn a_promise_ends_when_another_claimant_completed_the_reclaim() {
     let mut cluster = Cluster::new("10.1.0.0/24", [3, 8]);
@@ -1070,7 +1070,8 @@ fn a_liar_cannot_take_a_quarter_by_claiming_to_hold_it() {
     cluster.check();
 }
 
-/// A newly launched node 1 asks a liar, which answers that node 4 has the title. There is no node 4.
+/// A newly launched node 1 asks a liar, which answers that node 4 has the title. There is no node
+/// 4.
 #[test]
 fn a_liar_cannot_make_a_new_lender_wait_for_a_node_that_does_not_exist() {
     for serial in [0, 1005] {
