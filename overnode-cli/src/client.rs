@@ -159,12 +159,7 @@ impl Client {
         let response =
             tokio::time::timeout(REQUEST_TIMEOUT, self.send(Method::GET, path, Bytes::new()))
                 .await
-                .map_err(|_| {
-                    RequestError::Broken(format!(
-                        "no answer within {} s",
-                        REQUEST_TIMEOUT.as_secs()
-                    ))
-                })??;
+                .map_err(|_| no_answer())??;
         let status = response.status().as_u16();
         self.note(format_args!("< {status}"));
         if !(200..300).contains(&status) {
@@ -250,12 +245,7 @@ impl Client {
         let (status, answer) =
             tokio::time::timeout(REQUEST_TIMEOUT, self.exchange(method, path, body))
                 .await
-                .map_err(|_| {
-                    RequestError::Broken(format!(
-                        "no answer within {} s",
-                        REQUEST_TIMEOUT.as_secs()
-                    ))
-                })??;
+                .map_err(|_| no_answer())??;
         self.note(format_args!("< {status}, {} bytes", answer.len()));
         if !(200..300).contains(&status) {
             return Err(refusal(status, &answer));
@@ -322,6 +312,10 @@ impl Client {
 async fn everything(response: Response<Incoming>) -> Result<Bytes, RequestError> {
     let answer = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
     Ok(answer.map_err(|error| RequestError::Broken(error.to_string()))?.to_bytes())
+}
+
+fn no_answer() -> RequestError {
+    RequestError::Broken(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()))
 }
 
 fn refusal(status: u16, answer: &[u8]) -> RequestError {

@@ -18,7 +18,7 @@ pub struct Container {
     pub pid: Option<u32>,
 }
 
-/// What one engine answers about a container.
+/// One engine's answer about a container.
 enum Answer {
     Absent,
     NoSuch(String),

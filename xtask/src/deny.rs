@@ -77,7 +77,7 @@ struct Dependency {
     path: Option<String>,
     /// `None` for a package of this workspace.
     source: Option<String>,
-    /// `None` for crates.io.
+    /// `None` for cargo's default registry.
     registry: Option<String>,
 }
 
@@ -122,7 +122,8 @@ fn findings(metadata: &Metadata, rules: &Rules) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-/// Returns where a dependency comes from, unless that is crates.io or this workspace.
+/// Returns where a dependency comes from, unless that is cargo's default registry or this
+/// workspace.
 fn foreign(dependency: &Dependency) -> Option<String> {
     let Dependency { name, source, registry, .. } = dependency;
     let source = source.as_deref()?;

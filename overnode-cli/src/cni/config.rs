@@ -86,7 +86,7 @@ struct Runtime {
 pub struct Attachment {
     /// Container given by `CNI_CONTAINERID`.
     pub container: Target,
-    /// What the node stores about the attachment.
+    /// The node's identifiers of the attachment.
     pub endpoint: CniEndpoint,
     /// Value of `CNI_NETNS`. `None` only for `DEL`, where the container may be gone.
     pub netns: Option<String>,

@@ -30,7 +30,7 @@ pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     else {
         return Ok(None);
     };
-    // What remains at the path of a deleted namespace is an ordinary file.
+    // An ordinary file remains at the path of a deleted namespace.
     if !fstatfs(&file).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC) {
         return Ok(None);
     }

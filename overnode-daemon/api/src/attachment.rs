@@ -1,8 +1,8 @@
-//! Who attached an endpoint.
+//! The origin of an attachment.
 
 use serde::{Deserialize, Serialize};
 
-/// What attached an endpoint and is responsible for detaching it.
+/// The origin of an attachment, which is also responsible for detaching it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {

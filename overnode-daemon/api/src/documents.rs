@@ -73,7 +73,7 @@ pub struct Launch {
 /// The answer to [`Launch`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launched {
-    /// What the request did.
+    /// The effect of the request.
     pub outcome: LaunchOutcome,
     /// This node.
     pub id: NodeId,

@@ -375,7 +375,6 @@ impl Node {
         request: api::Connect,
     ) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
-        some_hosts(&request.hosts)?;
         let mut targets = if request.replace { Vec::new() } else { self.targets()? };
         for host in request.hosts {
             if !targets.contains(&host) {
@@ -388,7 +387,6 @@ impl Node {
     /// Removes targets. Removes none if one of them is unknown.
     pub(super) async fn forget(&mut self, request: api::Forget) -> Result<api::Targets, ApiError> {
         need_hosts(&request.hosts)?;
-        some_hosts(&request.hosts)?;
         let mut targets = self.targets()?;
         for host in request.hosts {
             let Some(position) = targets.iter().position(|target| *target == host) else {
@@ -424,12 +422,4 @@ fn need_hosts(hosts: &[Host]) -> Result<(), ApiError> {
         return Err(ApiError::usage("no host was given: give at least one"));
     }
     Ok(())
-}
-
-fn some_hosts(hosts: &[Host]) -> Result<(), ApiError> {
-    if hosts.is_empty() {
-        Err(ApiError::usage("no host was given: give at least one"))
-    } else {
-        Ok(())
-    }
 }
