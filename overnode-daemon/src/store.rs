@@ -25,10 +25,10 @@ use redb::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use overnode_api::{CniEndpoint, Kind};
-pub use record::{Attachment, EngineEndpoint, ExternalPeer, Identity, Known};
+use overnode_core::attachment::Attachment;
+pub use record::{ExternalPeer, Identity, Known};
 
-use crate::ipam;
+use overnode_core::ipam;
 use overnode_trust::{self as trust, Untrusted};
 use overnode_types::name::Named;
 use overnode_types::text::reason;
@@ -345,7 +345,8 @@ impl Store {
         })
     }
 
-    /// Returns the address that was allocated last, for [`crate::ipam::Ipam::resume_after`].
+    /// Returns the address that was allocated last, for
+    /// [`overnode_core::ipam::Ipam::resume_after`].
     ///
     /// # Errors
     /// Returns [`StoreError::Damaged`] if the entry cannot be read.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use lab::{Host, Lab, eventually};
-use overnode_daemon::control::key;
+use overnode_core::control::key;
 use overnode_daemon::store::Store;
 use overnode_ebpf::map::Session;
 use overnode_types::PublicKey;

@@ -5,9 +5,12 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::{Host, Lab, eventually};
-use overnode_daemon::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION, Refusal};
-use overnode_daemon::control::key;
-use overnode_daemon::control::session::{self, ConnectOptions, LocalIdentity, Role};
+use overnode_core::control::hello::{
+    Hello, LocalIdentity, NEWEST_VERSION, OLDEST_VERSION, Refusal,
+};
+use overnode_core::control::key;
+use overnode_core::control::renewal::Role;
+use overnode_daemon::net::session::{self, ConnectOptions};
 use overnode_types::{Network, NodeId};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lab::docker::Engine;
 use lab::{Host, Lab, eventually};
-use overnode_daemon::datapath::host_interface;
+use overnode_core::attachment::host_interface;
 use serde_json::Value;
 
 pub const TIMEOUT: Duration = Duration::from_secs(60);

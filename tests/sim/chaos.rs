@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use overnode_daemon::ipam::Fact;
+use overnode_core::ipam::Fact;
 use overnode_types::NodeId;
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};

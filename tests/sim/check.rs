@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
-use overnode_daemon::ipam::quarters;
+use overnode_core::ipam::quarters;
 use overnode_types::NodeId;
 
 use crate::world::World;

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use overnode_daemon::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
-use overnode_daemon::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
-use overnode_daemon::routing::Routing;
+use overnode_core::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
+use overnode_core::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
+use overnode_core::routing::Routing;
 use overnode_types::{Network, NodeId, Secret, VerifyingKey};
 use rand::rngs::StdRng;
 

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use overnode_daemon::ipam::{
+use overnode_core::ipam::{
     Fact, Key, LenderRole, Loan, Message, Objection, Round, Title, quarters,
 };
 use overnode_types::NodeId;

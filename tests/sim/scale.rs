@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use overnode_daemon::ipam::{Layout, Timing};
+use overnode_core::ipam::{Layout, Timing};
 use overnode_types::{Network, NodeId};
 use rand::Rng;
 
@@ -225,7 +225,7 @@ fn knows_all(world: &World) -> bool {
         && nodes.values().all(|node| {
             nodes.iter().all(|(other, truth)| {
                 let stamp =
-                    |record: &overnode_daemon::gossip::Record| (record.incarnation, record.version);
+                    |record: &overnode_core::gossip::Record| (record.incarnation, record.version);
                 node.gossip.record(*other).map(stamp) == Some(stamp(truth.gossip.own()))
             })
         })

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use overnode_daemon::gossip::{self, Verified};
-use overnode_daemon::ipam::{self, Fact, Key, Layout, Problem, Timing, quarters};
+use overnode_core::gossip::{self, Verified};
+use overnode_core::ipam::{self, Fact, Key, Layout, Problem, Timing, quarters};
 use overnode_types::{Network, NodeId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

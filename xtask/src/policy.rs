@@ -10,6 +10,12 @@ use anyhow::{Context, Result, ensure};
 /// Longest line in code, comments and pages, in columns.
 const WIDTH: usize = 100;
 
+/// Packages without I/O, clock and runtime.
+const PURE: [&str; 3] = ["overnode-daemon/core", "overnode-daemon/api", "overnode-daemon/types"];
+/// Libraries that a pure package may not depend on, by the beginning of their names.
+const IMPURE: [&str; 9] =
+    ["tokio", "aya", "nix", "libc", "netlink", "rtnetlink", "axum", "hyper", "hickory-resolver"];
+
 /// Findings that are printed; the rest is a number.
 const SHOWN: usize = 40;
 
@@ -37,6 +43,16 @@ pub fn check(root: &Path) -> Result<()> {
         let name = manifest.strip_prefix(root).unwrap_or(&manifest).display();
         for dependency in unused_dependencies(&manifest)? {
             findings.push(format!("{name}: nothing uses the dependency {dependency}: remove it"));
+        }
+    }
+    for package in PURE {
+        for dependency in dependencies(&root.join(package).join("Cargo.toml"))? {
+            if IMPURE.iter().any(|impure| dependency.starts_with(impure)) {
+                findings.push(format!(
+                    "{package}/Cargo.toml: a package that decides may not depend on {dependency}: \
+                     return an effect, and let overnode-daemon/src carry it out"
+                ));
+            }
         }
     }
     let more = findings.len().saturating_sub(SHOWN);
@@ -138,6 +154,32 @@ fn dead_links(page: &Path, text: &str) -> Vec<(usize, String)> {
 
 /// Dependencies of a package whose crate name is in none of its sources.
 fn unused_dependencies(manifest: &Path) -> Result<Vec<String>> {
+    let folder = manifest.parent().unwrap_or(Path::new("."));
+    let mut sources = String::new();
+    for file in files(folder)? {
+        if Kind::of(&file) == Some(Kind::Rust) && belongs_to(&file, folder) {
+            sources.push_str(&fs::read_to_string(&file)?);
+        }
+    }
+    let mut named = dependencies(manifest)?;
+    named.retain(|name| !names_crate(&sources, &name.replace('-', "_")));
+    Ok(named.into_iter().collect())
+}
+
+/// Whether a file belongs to the package in `folder`. The fuzzer is a workspace of its own inside
+/// the tests, and its bodies belong to both.
+fn belongs_to(file: &Path, folder: &Path) -> bool {
+    for above in file.ancestors().skip(1) {
+        let Ok(manifest) = fs::read_to_string(above.join("Cargo.toml")) else { continue };
+        if above == folder || !manifest.contains("\n[workspace]\n") {
+            return above == folder;
+        }
+    }
+    false
+}
+
+/// Names of a package's dependencies of all kinds.
+fn dependencies(manifest: &Path) -> Result<BTreeSet<String>> {
     let text = fs::read_to_string(manifest)?;
     let document: toml::Table =
         toml::from_str(&text).with_context(|| format!("{} is no TOML", manifest.display()))?;
@@ -145,15 +187,7 @@ fn unused_dependencies(manifest: &Path) -> Result<Vec<String>> {
     for (section, value) in &document {
         collect_dependencies(section, value, &mut named);
     }
-    let folder = manifest.parent().unwrap_or(Path::new("."));
-    let mut sources = String::new();
-    for file in files(folder)? {
-        if Kind::of(&file) == Some(Kind::Rust) {
-            sources.push_str(&fs::read_to_string(&file)?);
-        }
-    }
-    named.retain(|name| !names_crate(&sources, &name.replace('-', "_")));
-    Ok(named.into_iter().collect())
+    Ok(named)
 }
 
 /// Adds the names in `[dependencies]`, `[dev-dependencies]`, `[build-dependencies]` and the same

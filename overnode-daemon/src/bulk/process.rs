@@ -36,8 +36,8 @@ use super::session::Session;
 use super::udp::{Socket, Sockets};
 use super::worker::{Command, Handles, Shared, Worker, say_hello};
 use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
-use crate::handshake::gate::{Awaited, Gate};
 use overnode_api::bulk::Mode;
+use overnode_core::handshake::gate::{Awaited, Gate};
 use overnode_types::{PeerIndex, PublicKey};
 
 /// First argument that makes the program run as this process. It takes the place of any option.

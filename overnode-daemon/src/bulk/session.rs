@@ -18,8 +18,8 @@ use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, No
 
 use super::control::Keys;
 use super::message::{HEADER_LEN, Header, TAG_LEN};
-use crate::control::key;
 use overnode_api::bulk::Cipher;
+use overnode_core::control::key;
 use overnode_types::{PeerIndex, Secret};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;

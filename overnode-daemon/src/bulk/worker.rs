@@ -33,9 +33,9 @@ use super::session::Session;
 use super::udp::{Batch, BatchKey, Sockets};
 use crate::checksum::fold;
 use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now_ns};
-use crate::handshake::gate::{Awaited, Gate, Judgment};
 use overnode_api::bulk::Cipher;
 use overnode_api::bulk::Mode;
+use overnode_core::handshake::gate::{Awaited, Gate, Judgment};
 use overnode_types::PeerIndex;
 
 /// Longest frame that one read of the device returns, in bytes: both headers and the largest IP

@@ -20,6 +20,7 @@ use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, TO_CONTAINER, detach_filter};
 use super::{Datapath, isolate_interface, mac_of, offload};
 use crate::failpoint;
+use overnode_core::attachment::{host_interface, waiting_interface};
 
 pub use overnode_api::CONTAINER_INTERFACE;
 
@@ -93,23 +94,6 @@ pub struct Attached {
     pub netns: Option<NetnsId>,
     /// MTU of both ends, in bytes.
     pub mtu: u32,
-}
-
-/// Returns the name of the host-side end for an address. It is stable, and unique within one
-/// network.
-pub fn host_interface(address: IpAddr) -> String {
-    let id = match address {
-        IpAddr::V4(v4) => u32::from(v4),
-        // IPv6 addresses of one overlay prefix differ in their low bits.
-        IpAddr::V6(v6) => v6.to_bits() as u32,
-    };
-    format!("ov{id:08x}")
-}
-
-/// Returns the name of the container-side end for an address while it waits in the host's namespace
-/// for a container engine.
-pub fn waiting_interface(address: IpAddr) -> String {
-    host_interface(address).replacen("ov", "ovc", 1)
 }
 
 /// Returns a random MAC address that is locally administered and unicast.

@@ -45,8 +45,7 @@ pub use self::bulk::{BulkDevice, BulkMaps};
 pub use self::clock::{Clock, boot_now_ns};
 pub use self::drops::Drops;
 pub use self::endpoint::{
-    Attached, Attachment, CONTAINER_INTERFACE, EndPlacement, cut, host_interface, random_mac,
-    waiting_interface,
+    Attached, Attachment, CONTAINER_INTERFACE, EndPlacement, cut, random_mac,
 };
 pub use self::netns::{NetnsId, NetnsRef, OwnNetns};
 pub use self::path::{Probe, Probes};
@@ -66,7 +65,7 @@ use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL, TO_CONTAINER
 use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
-use crate::handshake::mac1_state;
+use overnode_core::handshake::mac1_state;
 use overnode_types::{Network, NodeId, PeerIndex, PublicKey};
 
 /// Options for opening the data plane.

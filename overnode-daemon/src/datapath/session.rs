@@ -20,7 +20,7 @@ use super::Datapath;
 use super::address::from_map;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
-use crate::handshake::{REJECT_AFTER_TIME, SessionKeys};
+use overnode_core::handshake::{REJECT_AFTER_TIME, SessionKeys};
 use overnode_types::{PeerIndex, PublicKey, Secret};
 
 /// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second

@@ -1,33 +1,21 @@
 //! Serves DNS to the containers of this host: container names, and names that users added.
 //!
-//! The names come from gossip records. Each node announces its own names, and no other node can do
-//! so on its behalf. [`Zone`] merges them and [`Directory`] answers questions from it, both without
-//! I/O or a clock. [`Service`] turns query bytes into answer bytes. [`Upstream`] forwards other
-//! questions to the host's own resolvers. [`Server`] owns the sockets and runs on its own thread,
-//! so that a container that floods it does not slow the node.
+//! [`overnode_core::names`] decides the answers. [`Service`] turns query bytes into answer bytes.
+//! [`Upstream`] forwards other questions to the host's own resolvers. [`Server`] owns the sockets
+//! and runs on its own thread, so that a container that floods it does not slow the node.
 //!
 //! Only containers of this host can reach the sockets. The sockets are in a network namespace that
 //! is attached like a container, at the node's address. The eBPF programs admit packets from local
 //! containers, verify their source, and drop packets that other nodes send to this address.
 
-pub mod directory;
-mod domain;
 pub mod server;
 pub mod service;
 pub mod upstream;
-pub mod zone;
 
-pub use directory::Directory;
 pub use server::Server;
 pub use service::{Counts, Service};
 pub use upstream::Upstream;
-pub use zone::Zone;
 
-/// The default domain.
-pub const DEFAULT_DOMAIN: &str = "overnode.local";
-/// An additional domain that is always served: containers that migrate from Weave Net have it in
-/// their configuration.
-pub const ALIAS: &str = "weave.local";
 /// The file that lists the host's resolvers.
 pub const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The DNS port.

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, ResponseCode};
 use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
 
-use super::directory::{Directory, Verdict};
 use super::upstream::{Flags, Upstream};
+use overnode_core::names::directory::{Directory, Verdict};
 
 /// Maximum number of questions that wait for upstream resolvers.
 const PENDING: usize = 512;

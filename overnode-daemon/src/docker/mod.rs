@@ -1,8 +1,7 @@
 //! Serves a Docker engine as a remote driver for networks and addresses, on a plugin socket.
 //!
-//! [`message`] holds the documents and [`plan`] the decisions. [`server`] serves the plugin socket.
-//! [`engine`] is a client of the engine itself: it lists containers and manages the default
-//! network. The node carries out the decisions of [`plan`].
+//! [`overnode_core::docker`] decides the answers. [`server`] serves the plugin socket. [`engine`]
+//! is a client of the engine itself: it lists containers and manages the default network.
 //!
 //! Protocols: moby/moby, `libnetwork/docs/remote.md` and `libnetwork/docs/ipam.md`. The engine
 //! requests an address, creates an endpoint for it, and joins the endpoint to a sandbox (the
@@ -12,8 +11,6 @@
 //! succeeds.
 
 pub mod engine;
-pub mod message;
-pub mod plan;
 pub mod server;
 
 use std::os::unix::fs::MetadataExt as _;
@@ -24,12 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-pub use engine::{EngineEvent, Order, Report};
-pub use message::{Refusal, Request, Response};
-pub use plan::{Docker, Settings, Step};
+pub use engine::{EngineEvent, Order};
+use overnode_core::docker::{NAME, Refusal, Request, Response};
 
-/// Name of the network driver, of the IPAM driver and of the default network.
-pub const NAME: &str = "overnode";
 /// Directory in which an engine looks for plugins.
 pub const PLUGINS: &str = "/run/docker/plugins";
 /// Path of the engine's own socket.

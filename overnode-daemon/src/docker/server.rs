@@ -17,10 +17,11 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
+use super::Call;
 use super::engine::EngineEvent;
-use super::message::{BODY_LIMIT, Refusal, Request, Response};
-use super::{Call, NAME};
 use crate::api::server::bind;
+use overnode_core::docker::NAME;
+use overnode_core::docker::message::{BODY_LIMIT, Refusal, Request, Response};
 use overnode_trust as trust;
 
 /// Interval of checks that the socket is still in the plugin directory. Also the retry interval.

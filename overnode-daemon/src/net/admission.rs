@@ -13,7 +13,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 use tokio::sync::oneshot;
 
-use crate::sources::{Sources, site_of, source_of};
+use overnode_core::sources::{Sources, site_of, source_of};
 
 /// Limits of incoming connections.
 #[derive(Clone, Copy, Debug)]

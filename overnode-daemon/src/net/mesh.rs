@@ -20,11 +20,12 @@ use tokio::time::{Instant, interval, timeout};
 
 use super::admission::{Admission, Limits, Place as Seat};
 use super::known::Known;
-use crate::control::dial::{AttemptId, DialTarget};
-use crate::control::frame::MAX_MESSAGE;
-use crate::control::hello::{Hello, Refusal};
-use crate::control::packet::Packet;
-use crate::control::session::{self, ConnectOptions, LocalIdentity, Reader, Role, Writer};
+use super::session::{self, ConnectOptions, Reader, Writer};
+use overnode_core::control::dial::{AttemptId, DialTarget};
+use overnode_core::control::frame::MAX_MESSAGE;
+use overnode_core::control::hello::{Hello, LocalIdentity, Refusal};
+use overnode_core::control::packet::Packet;
+use overnode_core::control::renewal::Role;
 use overnode_types::{NodeId, PublicKey};
 
 /// Time limit of a connection attempt to one address.
@@ -535,8 +536,8 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::control::key;
-    use crate::control::renewal::RENEW_AFTER;
+    use overnode_core::control::key;
+    use overnode_core::control::renewal::RENEW_AFTER;
     use overnode_types::{Network, Secret};
 
     fn me(id: u16, secret: u8) -> LocalIdentity {

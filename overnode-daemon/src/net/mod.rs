@@ -3,4 +3,5 @@
 pub mod admission;
 pub mod known;
 pub mod mesh;
+pub mod session;
 pub mod udp;

@@ -10,10 +10,10 @@ use tokio::sync::oneshot;
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, Primed, Reply};
-use crate::control::dial::Phase;
-use crate::gossip::routed::KIND_ALLOCATION;
-use crate::gossip::{self, Record, RoutedMessage};
-use crate::ipam::{self, IpamError, RequestId};
+use overnode_core::control::dial::Phase;
+use overnode_core::gossip::routed::KIND_ALLOCATION;
+use overnode_core::gossip::{self, Record, RoutedMessage};
+use overnode_core::ipam::{self, IpamError, RequestId};
 use overnode_types::NodeId;
 
 /// How long a node must have been reachable through other nodes before it counts as reachable.

@@ -10,10 +10,10 @@ use overnode_ebpf::wire::{Relay, TYPE_RELAY};
 use tokio::sync::mpsc;
 
 use super::paths::stand_in;
-use crate::handshake::gate::{Gate, Judgment, Priority};
-use crate::handshake::{Counters, Transmit};
 use crate::net::known::Known;
 use crate::net::udp::{Received, Reception, UdpSockets};
+use overnode_core::handshake::gate::{Gate, Judgment, Priority};
+use overnode_core::handshake::{Counters, Transmit};
 use overnode_types::NodeId;
 
 /// Queue length for datagrams from addresses where nodes are expected.
@@ -119,7 +119,7 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
-    use crate::handshake::{Handshakes, Initiate, PeerConfig};
+    use overnode_core::handshake::{Handshakes, Initiate, PeerConfig};
     use overnode_types::{PeerIndex, Secret};
 
     const OWN: u16 = 2;

@@ -16,13 +16,13 @@ use super::running::Node;
 use crate::api::{BulkStatus, WorkersStatus};
 use crate::bulk::control::{FromWorkers, Keys, Report, SOCKET, ToWorkers, VERSION};
 use crate::bulk::ipc::{self, WorkerSockets, WorkersConnection};
-use crate::control::key;
 use crate::datapath::Clock;
-use crate::handshake::{
-    Activity, Event, Handshakes, InheritedSession, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
-};
 use crate::store::Identity;
 use overnode_api::bulk::{Cipher, Mode};
+use overnode_core::control::key;
+use overnode_core::handshake::{
+    Activity, Event, Handshakes, InheritedSession, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
+};
 use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// Time limit for a worker process to accept connections, and to report its state.

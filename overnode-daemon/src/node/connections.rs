@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use super::running::Node;
 use crate::api::{self, ApiError, EventKind, Host, PeerRef};
-use crate::control::CONTROL_PORT;
-use crate::control::dial::{self, AttemptId, Verdict};
-use crate::control::hello::Refusal;
-use crate::control::packet::Packet;
-use crate::gossip::{self, budget};
 use crate::net::mesh::{DialFailure, MeshEvent, Opened, Outbox, StreamId};
 use crate::store::Known;
+use overnode_core::control::CONTROL_PORT;
+use overnode_core::control::dial::{self, AttemptId, Verdict};
+use overnode_core::control::hello::Refusal;
+use overnode_core::control::packet::Packet;
+use overnode_core::gossip::{self, budget};
 use overnode_types::NodeId;
 
 /// Maximum number of new records passed to the other parts of the node in one turn.

@@ -11,12 +11,12 @@ use overnode_ebpf::wire::{DATA_PORT, TYPE_RELAY};
 use super::paths::stood_for;
 use super::running::Node;
 use crate::api::EventKind;
-use crate::control::key;
 use crate::datapath::PeerState;
-use crate::gossip::Record;
-use crate::handshake::{Activity, Event, InheritedSession, Initiate, PeerConfig};
 use crate::net::udp::Received;
-use crate::routing::Conflict;
+use overnode_core::control::key;
+use overnode_core::gossip::Record;
+use overnode_core::handshake::{Activity, Event, InheritedSession, Initiate, PeerConfig};
+use overnode_core::routing::Conflict;
 use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// How much longer the node with the higher ID waits before it initiates than the node with the

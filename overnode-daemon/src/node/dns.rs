@@ -15,10 +15,12 @@ use super::running::Node;
 use crate::api::{self, ApiError, DnsAddresses, DnsEntry, DnsStatus};
 use crate::datapath::{self, KnownEndpoint, OwnNetns};
 use crate::dns::server::Sockets;
-use crate::dns::{self, Directory, Server, Service, Upstream, Zone};
-use crate::gossip::{MAX_NAMES, NAME_BYTES, Record};
-use crate::path::route::Route;
+use crate::dns::{self, Server, Service, Upstream};
 use crate::store::Identity;
+use overnode_core::attachment::{Attachment, host_interface};
+use overnode_core::gossip::{MAX_NAMES, NAME_BYTES, Record};
+use overnode_core::names::{self, Directory, Zone};
+use overnode_core::path::route::Route;
 use overnode_types::NodeId;
 use overnode_types::name::{self, Domain, Named};
 
@@ -51,9 +53,9 @@ struct Place {
 
 impl Dns {
     pub(super) fn new(identity: &Identity, address: IpAddr) -> Self {
-        let chosen = identity.dns_domain.as_deref().unwrap_or(dns::DEFAULT_DOMAIN);
+        let chosen = identity.dns_domain.as_deref().unwrap_or(names::DEFAULT_DOMAIN);
         let mut domains: Vec<Domain> =
-            [chosen, dns::ALIAS].iter().filter_map(|text| Domain::new(text).ok()).collect();
+            [chosen, names::ALIAS].iter().filter_map(|text| Domain::new(text).ok()).collect();
         domains.dedup();
         let subnet = identity.network.subnet;
         let directory = Directory::new(domains.clone(), subnet, Zone::new(StdRng::from_os_rng()));
@@ -80,7 +82,7 @@ impl Dns {
     pub(super) fn endpoint(&self) -> Option<KnownEndpoint> {
         self.place.as_ref().map(|place| KnownEndpoint {
             address: self.address,
-            host_interface: datapath::host_interface(self.address),
+            host_interface: host_interface(self.address),
             netns: Some(place.netns.netns()),
         })
     }
@@ -98,7 +100,7 @@ impl Dns {
 
     /// Appends the domain to a name.
     fn full(&self, name: &str) -> String {
-        let domain = self.domains.first().map_or(dns::DEFAULT_DOMAIN, Domain::as_str);
+        let domain = self.domains.first().map_or(names::DEFAULT_DOMAIN, Domain::as_str);
         format!("{name}.{domain}")
     }
 }
@@ -117,7 +119,7 @@ impl Node {
 
     /// Starts the server unless it is running.
     pub(super) async fn keep_dns(&mut self) {
-        let interface = datapath::host_interface(self.dns.address);
+        let interface = host_interface(self.dns.address);
         let is_whole =
             |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
         if !self.dns.wanted || self.dns.place.as_ref().is_some_and(is_whole) {
@@ -145,8 +147,7 @@ impl Node {
     /// after the daemon and could get in the way of the next one.
     pub(super) async fn stop_dns(&mut self) {
         if self.dns.place.take().is_some()
-            && let Err(error) =
-                self.datapath.detach(&datapath::host_interface(self.dns.address)).await
+            && let Err(error) = self.datapath.detach(&host_interface(self.dns.address)).await
         {
             tracing::debug!(
                 "the interface of the DNS server was not removed, it disappears with the daemon: \
@@ -204,7 +205,7 @@ impl Node {
     /// Returns the names of this node's containers and the names that were added.
     fn own_names(&self) -> Result<Vec<Named>, ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        let of_container = |it: &crate::store::Attachment| {
+        let of_container = |it: &Attachment| {
             let name = name::relative(it.name.as_deref()?, &self.dns.domains).ok()?;
             // If another node keeps the address, the name would lead to a stranger.
             if self.ipam.keeper(it.address).is_some() {

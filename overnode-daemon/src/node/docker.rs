@@ -1,5 +1,5 @@
-//! Manages a Docker engine's networks: carries out the decisions of [`crate::docker::plan`] with
-//! the node's addresses and its data plane.
+//! Serves a Docker engine: carries out the decisions of [`Docker`] with the node's addresses and
+//! its data plane.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,12 +14,13 @@ use super::running::Node;
 use crate::api::{Container, EventKind};
 use crate::datapath::{self, EndPlacement, NetnsRef};
 use crate::docker::{
-    Docker, EngineEvent, Event, Incoming, Order, Refusal, Request, Response, Service, Settings,
-    SocketPaths, Step, engine::EngineError,
+    EngineEvent, Event, Incoming, Order, Service, SocketPaths, engine::EngineError,
 };
 use crate::failpoint;
-use crate::ipam::{Ipam, IpamError, RequestId};
-use crate::store::{Attachment, Identity, Kind, Store};
+use crate::store::{Identity, Store};
+use overnode_core::attachment::{self, Attachment, Kind};
+use overnode_core::docker::{Docker, Refusal, Request, Response, Settings, Step};
+use overnode_core::ipam::{Ipam, IpamError, RequestId};
 use overnode_types::NodeId;
 
 /// Maximum number of requests that wait for an address at the same time.
@@ -357,7 +358,7 @@ impl Node {
     }
 
     async fn unplug(&mut self, address: IpAddr) -> Result<(), Refusal> {
-        let unplugged = self.datapath.detach(&datapath::host_interface(address)).await;
+        let unplugged = self.datapath.detach(&attachment::host_interface(address)).await;
         unplugged.map_err(|why| {
             Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
         })

@@ -12,7 +12,8 @@ use super::running::Node;
 use crate::api::{self, ApiError, EventKind, Netns, Target};
 use crate::datapath::{self, EndPlacement, KnownEndpoint, NetnsRef};
 use crate::failpoint;
-use crate::store::{Attachment, Kind, StoreError};
+use crate::store::StoreError;
+use overnode_core::attachment::{self, Attachment, Kind};
 
 /// Returns the network namespace of the container, or `None` for the host.
 fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
@@ -166,7 +167,7 @@ impl Node {
             image: None,
             engine: None,
             cni: cni.as_ref().map(|cni| cni.endpoint.clone()),
-            host_interface: datapath::host_interface(address),
+            host_interface: attachment::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         // Write to disk before anything uses the address. A crash after this point can leave an

@@ -11,8 +11,8 @@ use super::running::Node;
 use crate::api::{
     self, AddExternalPeer, ApiError, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus,
 };
-use crate::handshake::Initiate;
 use crate::store::ExternalPeer;
+use overnode_core::handshake::Initiate;
 use overnode_types::{PeerIndex, Secret};
 
 /// A configured WireGuard peer that is not a node.

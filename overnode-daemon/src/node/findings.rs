@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use super::docker::DockerSide;
 use super::running::Node;
 use crate::api::EventKind;
-use crate::ipam::IpamError;
-use crate::routing::Conflict;
+use overnode_core::ipam::IpamError;
+use overnode_core::routing::Conflict;
 use overnode_types::NodeId;
 
 /// How long an ID clash is remembered. The host that is refused retries several times within it.
@@ -98,7 +98,8 @@ impl Node {
 
     /// Returns recent events of addresses, and reclaims that failed.
     pub(super) fn address_notices(&self, now: Instant) -> BTreeSet<String> {
-        let past = self.ipam.problems(now).into_iter().filter(crate::ipam::Problem::is_past);
+        let past =
+            self.ipam.problems(now).into_iter().filter(overnode_core::ipam::Problem::is_past);
         let unreclaimed =
             self.findings.unreclaimed.iter().filter(|(id, _)| self.is_unreclaimed(**id));
         past.map(|problem| problem.to_string())

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::running::Node;
 use crate::api::ApiError;
-use crate::gossip::Record;
+use overnode_core::gossip::Record;
 
 impl Node {
     /// Returns the whole state of the node. Secret types have no JSON form, so the document cannot

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::running::Node;
 use crate::api::{IpamStatus, LoanStatus, RangeOwner, ReclaimStatus};
-use crate::ipam;
+use overnode_core::ipam;
 use overnode_types::NodeId;
 
 impl Node {

@@ -7,13 +7,13 @@ use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use super::Daemon;
 use super::running::Node;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
-use crate::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
-use crate::control::key;
 use crate::datapath::Datapath;
-use crate::dns::DEFAULT_DOMAIN;
 use crate::failpoint;
-use crate::ipam::Layout;
 use crate::store::Identity;
+use overnode_core::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
+use overnode_core::control::key;
+use overnode_core::ipam::Layout;
+use overnode_core::names::DEFAULT_DOMAIN;
 use overnode_types::name::Domain;
 use overnode_types::{Network, Secret};
 

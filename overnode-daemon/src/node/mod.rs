@@ -1,8 +1,8 @@
 //! Runs the daemon's main task. It waits for the next input, passes it to the cores that make the
 //! decisions, and carries out their actions.
 //!
-//! [`Daemon`] lives as long as the process and may have no node yet. [`running::Node`] is a
-//! launched node.
+//! `Daemon` lives as long as the process and may have no node yet. `running::Node` is a launched
+//! node.
 
 mod addresses;
 mod arrivals;

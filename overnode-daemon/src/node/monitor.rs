@@ -14,7 +14,7 @@ use crate::datapath::Drops;
 use crate::monitor::decode::Seen;
 use crate::monitor::hub;
 use crate::monitor::{Hub, drop_reasons};
-use crate::store::Attachment;
+use overnode_core::attachment::Attachment;
 use overnode_types::{NodeId, PeerIndex};
 
 /// Maximum number of dropped packets shown per second and reason. All of them fit into the ring

@@ -11,9 +11,9 @@ use super::running::Node;
 use super::status::path_of;
 use crate::api::EventKind;
 use crate::datapath::Probe;
-use crate::handshake::Transmit;
-use crate::path::route::{self, Graph, Route};
-use crate::path::{Action, PathState};
+use overnode_core::handshake::Transmit;
+use overnode_core::path::route::{self, Graph, Route};
+use overnode_core::path::{Action, PathState};
 use overnode_types::{NodeId, PeerIndex};
 
 /// A new path gets this time to prove itself before a relay replaces it. Sessions, connections and
@@ -126,7 +126,7 @@ impl Node {
                         let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                         self.paths.handle_unsent(
                             to,
-                            size.saturating_add(crate::path::probe::ENCAP_LEN),
+                            size.saturating_add(overnode_core::path::probe::ENCAP_LEN),
                             now,
                         );
                     }

@@ -14,7 +14,8 @@ use crate::datapath::Datapath;
 use crate::docker;
 use crate::failpoint;
 use crate::options::{DOCKER_PLUGINS, docker_plugins};
-use crate::store::{Kind, Store, StoreError};
+use crate::store::{Store, StoreError};
+use overnode_core::attachment::Kind;
 
 /// How long the node waits for its neighbors to receive its departure.
 const FAREWELL: Duration = Duration::from_millis(200);

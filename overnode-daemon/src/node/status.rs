@@ -13,11 +13,11 @@ use crate::api::{
     EndpointState, EndpointStatus, Health, LastError, LinkStatus, NodeState, NodeStatus, Path,
     PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
-use crate::control::dial::{self, Phase};
-use crate::control::session::PATTERN;
 use crate::datapath::{Hook, UnderlayStatus};
-use crate::gossip::{self, Record};
-use crate::path::route::Route;
+use crate::net::session::PATTERN;
+use overnode_core::control::dial::{self, Phase};
+use overnode_core::gossip::{self, Record};
+use overnode_core::path::route::Route;
 use overnode_types::{NodeId, PeerIndex};
 
 impl Node {

@@ -1,17 +1,15 @@
 //! The records in the store. Secrets are separated from them and stored as raw bytes, never as
 //! JSON.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::control::hello::{Hello, NEWEST_VERSION, OLDEST_VERSION};
-use crate::control::key;
-use crate::control::session::LocalIdentity;
-use crate::gossip::Record;
 use overnode_api::bulk::Mode;
-use overnode_api::{CniEndpoint, Kind};
+use overnode_core::control::hello::{Hello, LocalIdentity, NEWEST_VERSION, OLDEST_VERSION};
+use overnode_core::control::key;
+use overnode_core::gossip::Record;
 use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// The identity of this node. `launch` creates it and `reset` removes it.
@@ -57,59 +55,10 @@ pub struct Identity {
 pub struct Known {
     /// Its latest record.
     pub record: Record,
-    /// See [`Gossip::was_reached`](crate::gossip::Gossip::was_reached).
+    /// See [`Gossip::was_reached`](overnode_core::gossip::Gossip::was_reached).
     pub was_reached: bool,
-    /// See [`Routing::standing`](crate::routing::Routing::standing).
+    /// See [`Routing::standing`](overnode_core::routing::Routing::standing).
     pub standing: Vec<(IpNet, u64)>,
-}
-
-/// A Docker engine's identifiers for an endpoint. An address without this is allocated, but has no
-/// endpoint yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineEndpoint {
-    /// The network's ID.
-    pub network: String,
-    /// The endpoint's ID.
-    pub endpoint: String,
-    /// MAC address of the container's end.
-    pub mac: [u8; 6],
-    /// Whether the endpoint has joined a container. [`Attachment::netns`] locates the container.
-    pub joined: bool,
-}
-
-/// The holder of an address: a network namespace, a container of an engine, or the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Attachment {
-    /// What attached it.
-    #[serde(default)]
-    pub kind: Kind,
-    /// Its address.
-    pub address: IpAddr,
-    /// True if the address was requested rather than allocated.
-    pub is_static: bool,
-    /// The target as the user named it: `netns:NAME`, `pid:N` or a container. For an engine's
-    /// endpoint, the container's ID if it is known, or else the endpoint's ID.
-    pub target: String,
-    /// The path of the network namespace; empty until an engine reports one.
-    pub netns: String,
-    /// The namespace's inode number, which distinguishes it from a later namespace at the same
-    /// path; 0 if unknown.
-    pub netns_inode: u64,
-    /// Its name, if one was given. For a container of an engine, the container's name.
-    pub name: Option<String>,
-    /// The container's image, if an engine reported it.
-    #[serde(default)]
-    pub image: Option<String>,
-    /// The Docker engine's endpoint that uses the address.
-    #[serde(default)]
-    pub engine: Option<EngineEndpoint>,
-    /// The container runtime's identifiers.
-    #[serde(default)]
-    pub cni: Option<CniEndpoint>,
-    /// The host's end of the veth pair.
-    pub host_interface: String,
-    /// When it was attached, in seconds since 1970.
-    pub since: u64,
 }
 
 /// An external WireGuard peer, which is not a node.

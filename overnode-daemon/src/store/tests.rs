@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use super::*;
+use overnode_core::attachment::Kind;
 use overnode_types::{Network, PublicKey, VerifyingKey};
 
 fn identity() -> Identity {
@@ -58,8 +59,8 @@ fn external(secret: Option<u8>) -> ExternalPeer {
     }
 }
 
-fn record(id: u16) -> crate::gossip::Record {
-    crate::gossip::Record {
+fn record(id: u16) -> overnode_core::gossip::Record {
+    overnode_core::gossip::Record {
         id: NodeId::new(id).unwrap(),
         incarnation: 1,
         version: 7,
@@ -73,7 +74,7 @@ fn record(id: u16) -> crate::gossip::Record {
         claims: vec!["10.32.0.1".parse().unwrap()],
         names: vec![Named { name: "web".into(), address: "10.32.0.1".parse().unwrap() }],
         verifying_key: VerifyingKey([2; 32]),
-        signature: crate::gossip::Signature([3; 64]),
+        signature: overnode_core::gossip::Signature([3; 64]),
     }
 }
 

@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use nix::sched::{CloneFlags, setns};
+use overnode_core::handshake::SessionKeys;
 use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
-use overnode_daemon::handshake::SessionKeys;
 use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Runs a command, fails the test if the command fails, and returns its standard output.

@@ -7,8 +7,8 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use overnode_core::handshake::mac1_state;
 use overnode_daemon::datapath::to_map;
-use overnode_daemon::handshake::mac1_state;
 use overnode_ebpf::map::{
     Address, Config, Endpoint, Peer, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, Route, SESSION_LIVE,
     SESSION_SLOT_BITS, Session,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use overnode_daemon::ipam::{
+use overnode_core::ipam::{
     Action, Change, Config, Fact, Ipam, Key, Loan, MAX_MESSAGE, Message, Peer, RequestId, Round,
     Timing, Title,
 };

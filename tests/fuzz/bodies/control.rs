@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use overnode_daemon::control::frame::{
+use overnode_core::control::frame::{
     self, FrameSplitter, MAX_FRAME, MAX_HANDSHAKE_FRAME, MAX_MESSAGE, Reassembler,
 };
-use overnode_daemon::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
-use overnode_daemon::control::key;
-use overnode_daemon::control::packet::Packet;
-use overnode_daemon::control::renewal::{Keys, Renewal};
-use overnode_daemon::control::session::Role;
+use overnode_core::control::hello::{Hello, MAX_NICKNAME, Refusal, Verdict, clean};
+use overnode_core::control::key;
+use overnode_core::control::packet::Packet;
+use overnode_core::control::renewal::Role;
+use overnode_core::control::renewal::{Keys, Renewal};
 use overnode_types::{Network, NodeId, Secret};
 
 use super::input::{Input, MAX_STEPS};

@@ -7,9 +7,10 @@ use std::path::Path;
 
 use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType, rdata};
+use overnode_core::names::zone::MAX_ANSWERS;
+use overnode_core::names::{Directory, Zone};
+use overnode_daemon::dns::Upstream;
 use overnode_daemon::dns::service::{Pending, Service, Step, Transport};
-use overnode_daemon::dns::zone::MAX_ANSWERS;
-use overnode_daemon::dns::{Directory, Upstream, Zone};
 use overnode_types::name::Named;
 use overnode_types::name::{Domain, is_relative, relative};
 use overnode_types::{Network, NodeId};

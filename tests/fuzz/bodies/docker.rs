@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use overnode_core::attachment::Attachment;
+use overnode_core::docker::message::{ID_LIMIT, Request, is_id};
+use overnode_core::docker::plan::LEASE_EXPIRY;
+use overnode_core::docker::report::unsupported;
+use overnode_core::docker::{Docker, Report, Settings, Step};
 use overnode_daemon::api::check_name;
-use overnode_daemon::docker::engine::{refused, unsupported};
-use overnode_daemon::docker::message::{ID_LIMIT, Request, is_id};
-use overnode_daemon::docker::plan::LEASE_EXPIRY;
-use overnode_daemon::docker::{Docker, Report, Settings, Step};
-use overnode_daemon::store::Attachment;
+use overnode_daemon::docker::engine::refused;
 use overnode_types::Network;
 use overnode_types::text::is_harmless;
 

@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use overnode_daemon::control::frame::MAX_MESSAGE;
-use overnode_daemon::gossip::routed::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
-use overnode_daemon::gossip::{
+use overnode_core::control::frame::MAX_MESSAGE;
+use overnode_core::gossip::routed::{KIND_ALLOCATION, KIND_CLASH, MAX_BODY};
+use overnode_core::gossip::{
     Action, Gossip, MAX_STAMP, Message, Record, RoutedMessage, SKEW_MS, Signature, Signer, Stamp,
     budget,
 };
@@ -221,11 +221,11 @@ fn named(name: &str, address: &str) -> Named {
     Named { name: name.into(), address: address.parse().expect("an address") }
 }
 
-/// Signs a routed message as its sender does. See [`overnode_daemon::gossip::routed`].
+/// Signs a routed message as its sender does. See [`overnode_core::gossip::routed`].
 fn signed(mut routed: RoutedMessage) -> RoutedMessage {
     let bytes = routed.encode();
     let text = [b"overnode parcel v2", &bytes[2..31], routed.body.as_slice()].concat();
-    let pair = overnode_daemon::control::key::signing_key(&secret(routed.from.get()));
+    let pair = overnode_core::control::key::signing_key(&secret(routed.from.get()));
     routed.signature.0.copy_from_slice(pair.sign(&text).as_ref());
     routed
 }

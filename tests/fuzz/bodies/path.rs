@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use overnode_daemon::path::probe::{ENCAP_LEN, Kind, LARGEST, Probe, SMALLEST};
-use overnode_daemon::path::{Action, Paths};
+use overnode_core::path::probe::{ENCAP_LEN, Kind, LARGEST, Probe, SMALLEST};
+use overnode_core::path::{Action, Paths};
 use overnode_types::NodeId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;

@@ -4,10 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use overnode_daemon::gossip::{Record, Signature};
-use overnode_daemon::store::{
-    Attachment, DATABASE, EngineEndpoint, ExternalPeer, Identity, Kind, Known, Store, StoreError,
-};
+use overnode_core::attachment::{Attachment, EngineEndpoint, Kind};
+use overnode_core::gossip::{Record, Signature};
+use overnode_daemon::store::{DATABASE, ExternalPeer, Identity, Known, Store, StoreError};
 use overnode_types::name::Named;
 use overnode_types::text::is_harmless;
 use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret, VerifyingKey};

@@ -2,12 +2,12 @@
 //! bulk path.
 
 use overnode_api::bulk::Cipher;
+use overnode_core::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use overnode_core::gossip::{RoutedMessage, Signature};
+use overnode_core::path::probe::{ENCAP_LEN, HEADER, Kind, Probe, SMALLEST};
 use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{HEADER_LEN, Header, Hello};
 use overnode_daemon::bulk::session::Session;
-use overnode_daemon::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
-use overnode_daemon::gossip::{RoutedMessage, Signature};
-use overnode_daemon::path::probe::{ENCAP_LEN, HEADER, Kind, Probe, SMALLEST};
 use overnode_ebpf::wire::Relay;
 use overnode_types::NodeId;
 

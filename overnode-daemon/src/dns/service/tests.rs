@@ -7,8 +7,8 @@ use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::super::Zone;
 use super::*;
+use overnode_core::names::Zone;
 use overnode_types::name::Domain;
 use overnode_types::name::Named;
 use overnode_types::{Network, NodeId};

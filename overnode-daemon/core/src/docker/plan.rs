@@ -12,13 +12,12 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use super::NAME;
-use super::engine::{Container, Report};
 use super::message::{
     CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress,
     Request, RequestAddress, RequestPool, Response,
 };
-use crate::datapath::waiting_interface;
-use crate::store::{Attachment, EngineEndpoint, Kind};
+use super::report::{Container, Report};
+use crate::attachment::{Attachment, EngineEndpoint, Kind, host_interface, waiting_interface};
 use overnode_api::check_name;
 use overnode_types::text::quoted;
 
@@ -181,7 +180,7 @@ impl Docker {
             image: None,
             engine: None,
             cni: None,
-            host_interface: crate::datapath::host_interface(address),
+            host_interface: host_interface(address),
             since,
         };
         (record, self.answer_address(address))

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use overnode_types::{Network, NodeId};
+use overnode_types::{Network, NodeId, Secret};
 
 fn node(id: u16, seed: u8) -> LocalIdentity {
     let seed = Secret([seed; 32]);
@@ -487,7 +487,7 @@ proptest! {
         let with_version = [&[2, 0, 2, 0], bytes.as_slice()].concat();
         for bytes in [&bytes, &with_version] {
             if let Ok(hello) = Hello::decode(bytes, PublicKey([1; 32]), (2, 2)) {
-                prop_assert!(hello.nickname.len() <= crate::control::hello::MAX_NICKNAME);
+                prop_assert!(hello.nickname.len() <= overnode_core::control::hello::MAX_NICKNAME);
                 prop_assert!(!hello.nickname.contains(char::is_control));
             }
             let _ = Verdict::decode(bytes);

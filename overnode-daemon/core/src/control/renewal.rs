@@ -23,8 +23,16 @@ use snow::{Builder, HandshakeState, StatelessTransportState};
 
 use super::frame::MAX_HANDSHAKE_FRAME;
 use super::hello::Refusal;
-use super::session::Role;
 use overnode_types::{PublicKey, Secret};
+
+/// Which side opened the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// This node dialed.
+    Initiator,
+    /// The other node dialed.
+    Responder,
+}
 
 /// Age at which a connection gets new keys.
 pub const RENEW_AFTER: Duration = Duration::from_secs(1800);

@@ -7,7 +7,18 @@ use serde::{Deserialize, Serialize};
 use super::frame::BadFrame;
 use super::key;
 use overnode_types::text::is_harmless;
-use overnode_types::{Network, NodeId, PublicKey, VerifyingKey};
+use overnode_types::{Network, NodeId, PublicKey, Secret, VerifyingKey};
+
+/// A node's identity and keys for handshakes.
+#[derive(Clone, Debug)]
+pub struct LocalIdentity {
+    /// X25519 secret of the node. Its public half must be the public key in `hello`.
+    pub static_secret: Secret,
+    /// Key derived from the token.
+    pub cluster_key: Secret,
+    /// Greeting of the node.
+    pub hello: Hello,
+}
 
 /// The oldest control protocol version that this build supports.
 pub const OLDEST_VERSION: u16 = 3;
@@ -174,7 +185,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    pub(super) fn of(checked: &Result<(), Refusal>) -> Self {
+    pub fn of(checked: &Result<(), Refusal>) -> Self {
         match checked {
             Ok(()) => Self::Welcome,
             Err(Refusal::Version { .. }) => Self::Version,
@@ -197,7 +208,7 @@ impl Verdict {
         }
     }
 
-    pub(super) fn into_result(self, me: &Hello, peer: &Hello) -> Result<(), Refusal> {
+    pub fn into_result(self, me: &Hello, peer: &Hello) -> Result<(), Refusal> {
         match self {
             Self::Welcome => Ok(()),
             Self::Version => Err(Refusal::Version { ours: me.versions, theirs: peer.versions }),

@@ -10,7 +10,7 @@ const MOST: usize = 16384;
 
 /// A leaky bucket per source, stored as the time at which the bucket will be empty.
 #[derive(Debug)]
-pub(crate) struct Sources {
+pub struct Sources {
     interval: Duration,
     burst: u32,
     empty_at: BTreeMap<IpAddr, Instant>,
@@ -20,12 +20,12 @@ pub(crate) struct Sources {
 impl Sources {
     /// Allows each source one arrival per `interval` on average, and bursts of `burst`, which is at
     /// least 1.
-    pub(crate) const fn new(interval: Duration, burst: u32) -> Self {
+    pub const fn new(interval: Duration, burst: u32) -> Self {
         Self { interval, burst, empty_at: BTreeMap::new(), swept: None }
     }
 
     /// Counts an arrival. Returns false if it exceeds the source's limit.
-    pub(crate) fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
+    pub fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
         let source = source_of(from);
         if !self.empty_at.contains_key(&source) && self.empty_at.len() >= MOST {
             self.sweep(now);
@@ -54,13 +54,13 @@ impl Sources {
 
 /// Returns the source that an address counts for: an IPv4 address itself, or the /64 of an IPv6
 /// address, since a host chooses the rest freely.
-pub(crate) fn source_of(ip: IpAddr) -> IpAddr {
+pub fn source_of(ip: IpAddr) -> IpAddr {
     prefix(ip, 32, 64)
 }
 
 /// Returns the network that is probably under the same administration: an IPv4 /24, or an IPv6 /48,
 /// the usual assignment to a site.
-pub(crate) fn site_of(ip: IpAddr) -> IpAddr {
+pub fn site_of(ip: IpAddr) -> IpAddr {
     prefix(ip, 24, 48)
 }
 

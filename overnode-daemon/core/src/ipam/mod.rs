@@ -52,7 +52,7 @@ pub use shares::{Share, Shares};
 pub use space::size;
 pub use statics::{MAX_CLAIMS, MAX_STATIC};
 
-use crate::control::session::READ_LIMIT;
+use crate::control::READ_LIMIT;
 use overnode_types::{Network, NodeId};
 
 /// Startup configuration of a node's address allocation.

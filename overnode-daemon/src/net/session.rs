@@ -22,22 +22,21 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use super::frame::{
+use overnode_core::control::READ_LIMIT;
+use overnode_core::control::frame::{
     self, FrameSplitter, MAX_FRAME, MAX_HANDSHAKE_FRAME, Reassembler, TAG, TOKEN_REFUSED,
 };
-use super::hello::{Hello, Refusal, Verdict, common_version};
-use super::key;
-use super::renewal::{
-    Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal,
+use overnode_core::control::hello::{Hello, LocalIdentity, Refusal, Verdict, common_version};
+use overnode_core::control::key;
+use overnode_core::control::renewal::{
+    Handover, Keys, REJECT_AFTER_FRAMES, RENEW_AFTER, RENEW_AFTER_FRAMES, Renewal, Role,
 };
-use overnode_types::{PublicKey, Secret};
+use overnode_types::PublicKey;
 
 /// Time limit for the whole handshake, including the verdicts.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Interval of heartbeats from a side that sends nothing else ([`Writer::heartbeat`]).
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// A side that receives nothing for this long, three heartbeats, closes the connection.
-pub const READ_LIMIT: Duration = Duration::from_secs(15);
 /// A message that the other side does not accept within this time ends the connection.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(15);
 
@@ -45,26 +44,6 @@ const REFUSAL_READ_LIMIT: Duration = Duration::from_secs(1);
 /// The Noise protocol, under the name that `status` shows.
 pub const PATTERN: &str = "Noise_XXpsk3_25519_ChaChaPoly_BLAKE2s";
 const PROLOGUE: &[u8] = b"overnode control v1";
-
-/// A node's identity and keys for handshakes.
-#[derive(Clone, Debug)]
-pub struct LocalIdentity {
-    /// X25519 secret of the node. Its public half must be the public key in `hello`.
-    pub static_secret: Secret,
-    /// Key derived from the token.
-    pub cluster_key: Secret,
-    /// Greeting of the node.
-    pub hello: Hello,
-}
-
-/// Which side opened the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// This node dialed.
-    Initiator,
-    /// The other node dialed.
-    Responder,
-}
 
 /// An established connection.
 #[derive(Debug)]
@@ -583,5 +562,4 @@ fn refusal_in_the_clear(frame: &[u8]) -> Refusal {
 }
 
 #[cfg(test)]
-#[path = "session_tests.rs"]
 mod tests;
