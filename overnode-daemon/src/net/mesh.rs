@@ -68,7 +68,7 @@ const OUTBOX: usize = 256;
 
 /// ID of a connection, unique within one run of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct StreamId(u64);
+pub struct StreamId(pub(crate) u64);
 
 /// An event of the control connections.
 #[derive(Debug)]
@@ -96,6 +96,15 @@ pub enum MeshEvent {
 pub struct QueuedMessage {
     bytes: Vec<u8>,
     _room: [OwnedSemaphorePermit; 2],
+}
+
+#[cfg(test)]
+impl QueuedMessage {
+    /// Returns a message that occupies no space.
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Self { bytes, _room: [permit(), permit()] }
+    }
 }
 
 impl Deref for QueuedMessage {
@@ -143,6 +152,13 @@ impl Outbox {
     /// the connection.
     pub fn send(&self, message: &Packet) -> bool {
         self.0.try_send(message.encode()).is_ok()
+    }
+
+    /// Returns an outbox and the queue that its messages end in.
+    #[cfg(test)]
+    pub(crate) fn pair(length: usize) -> (Self, mpsc::Receiver<Vec<u8>>) {
+        let (outbox, queue) = mpsc::channel(length);
+        (Self(outbox), queue)
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
@@ -12,12 +13,12 @@ use overnode_ebpf::wire::BULK_PORT;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::running::Node;
+use super::data_plane::DataPlane;
+use super::local::LocalNode;
 use crate::api::{BulkStatus, WorkersStatus};
 use crate::bulk::control::{FromWorkers, Keys, Report, SOCKET, ToWorkers, VERSION};
 use crate::bulk::ipc::{self, WorkerSockets, WorkersConnection};
 use crate::datapath::Clock;
-use crate::store::Identity;
 use overnode_api::bulk::{Cipher, Mode};
 use overnode_core::control::key;
 use overnode_core::handshake::{
@@ -26,18 +27,19 @@ use overnode_core::handshake::{
 use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
 /// Time limit for a worker process to accept connections, and to report its state.
-const GREETING: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// A worker process that sends nothing for this long is killed.
-const SILENCE: Duration = Duration::from_secs(5);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long workers take to notice that their devices are gone.
-const STRAYS: Duration = Duration::from_millis(500);
+const STRAYS_EXIT_TIME: Duration = Duration::from_millis(500);
 /// Minimum and maximum pause before workers that ended are restarted.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 /// Minimum lifetime of workers after which their end is not treated as a failed start.
-const STEADY: Duration = Duration::from_secs(60);
+const GOOD_LIFETIME: Duration = Duration::from_secs(60);
 
 /// The bulk path of this node.
-pub(super) struct Bulk {
+pub(super) struct BulkPath {
+    local: Arc<LocalNode>,
     mode: Mode,
     workers: usize,
     run_dir: PathBuf,
@@ -75,8 +77,9 @@ struct Goodput {
     rates: (u64, u64),
 }
 
-impl Bulk {
-    pub(super) fn new(identity: &Identity, run_dir: &Path, now: Instant) -> Self {
+impl BulkPath {
+    pub(super) fn new(local: Arc<LocalNode>, run_dir: &Path, now: Instant) -> Self {
+        let identity = &local.identity;
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         let most = overnode_ebpf::map::BULK_WORKER_SLOTS as usize;
         Self {
@@ -95,6 +98,7 @@ impl Bulk {
             reports: BTreeMap::new(),
             drops: BTreeMap::new(),
             error: None,
+            local,
         }
     }
 
@@ -160,33 +164,33 @@ impl Bulk {
     }
 }
 
-impl Node {
+impl BulkPath {
     /// Takes over the workers of an earlier daemon, or starts new ones. Without workers, the eBPF
     /// programs handle all packets. That is logged once.
-    pub(super) async fn start_bulk(&mut self, now: Instant) {
-        if self.bulk.mode == Mode::Off {
-            self.stop_bulk().await;
-            return self.datapath.bulk_maps().clear();
+    pub(super) async fn start(&mut self, data: &mut DataPlane, now: Instant) {
+        if self.mode == Mode::Off {
+            self.stop().await;
+            return data.datapath.bulk_maps().clear();
         }
-        if self.adopt_workers(now).await {
+        if self.adopt_workers(data, now).await {
             return;
         }
-        self.datapath.bulk_maps().clear();
-        match self.start_workers().await {
-            Ok(()) => self.bulk.error = None,
+        data.datapath.bulk_maps().clear();
+        match self.start_workers(data).await {
+            Ok(()) => self.error = None,
             Err(error) => {
                 let error = format!("no bulk path, the eBPF programs carry all packets: {error:#}");
-                if self.bulk.error.as_ref() != Some(&error) {
+                if self.error.as_ref() != Some(&error) {
                     tracing::warn!("{error}");
                 }
-                self.bulk.error = Some(error);
+                self.error = Some(error);
                 self.restart_later(now);
             }
         }
     }
 
-    async fn adopt_workers(&mut self, now: Instant) -> bool {
-        let link = match WorkersConnection::connect(&self.bulk.run_dir) {
+    async fn adopt_workers(&mut self, data: &mut DataPlane, now: Instant) -> bool {
+        let link = match WorkersConnection::connect(&self.run_dir) {
             Ok(Some(link)) => link,
             Ok(None) => return false,
             Err(error) => {
@@ -194,7 +198,7 @@ impl Node {
                 return false;
             }
         };
-        let said = tokio::time::timeout(GREETING, collect(&link)).await;
+        let said = tokio::time::timeout(ANSWER_TIMEOUT, collect(&link)).await;
         let Ok(Some((state, sessions))) = said else {
             tracing::warn!("the bulk workers of an earlier daemon do not answer: killing them");
             link.kill();
@@ -204,23 +208,23 @@ impl Node {
             return false;
         };
         let is_same =
-            version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.bulk.mode;
-        if !is_same || devices.len() != self.bulk.workers {
+            version == VERSION && program == env!("CARGO_PKG_VERSION") && mode == self.mode;
+        if !is_same || devices.len() != self.workers {
             // The workers still send their queued packets. In the meantime, the eBPF programs carry
             // the flows.
             link.stop().await;
             return false;
         }
         for device in &devices {
-            if let Err(error) = self.datapath.adopt_bulk_device(*device).await {
+            if let Err(error) = data.datapath.adopt_bulk_device(*device).await {
                 tracing::warn!("the bulk workers of an earlier daemon cannot be used: {error:#}");
                 link.kill();
                 return false;
             }
         }
-        (self.bulk.devices, self.bulk.speeds) = (devices, speeds);
-        (self.bulk.link, self.bulk.started, self.bulk.last_heard) = (Some(link), now, now);
-        self.follow_bulk_peers(now);
+        (self.devices, self.speeds) = (devices, speeds);
+        (self.link, self.started, self.last_heard) = (Some(link), now, now);
+        self.follow_peers(data, now);
         let clock = Clock::now();
         let mut strangers = BTreeSet::new();
         for session in sessions {
@@ -236,7 +240,7 @@ impl Node {
             else {
                 continue;
             };
-            if !self.bulk.peers.contains_key(&PeerIndex(peer)) {
+            if !self.peers.contains_key(&PeerIndex(peer)) {
                 strangers.insert(peer);
                 continue;
             }
@@ -248,91 +252,97 @@ impl Node {
                 created: clock.instant(created_ns).unwrap_or(now),
                 sealing: is_sealing,
             };
-            self.bulk.handshakes.adopt(PeerIndex(peer), session, now);
+            self.handshakes.adopt(PeerIndex(peer), session, now);
         }
         for peer in strangers {
-            self.bulk.tell(&ToWorkers::RemovePeer { peer });
+            self.tell(&ToWorkers::RemovePeer { peer });
         }
-        self.pump_bulk(None);
+        self.pump(None);
         tracing::debug!("took over the bulk workers of an earlier daemon");
         true
     }
 
-    async fn start_workers(&mut self) -> Result<()> {
-        if self.datapath.remove_stray_bulk_devices().await? {
+    async fn start_workers(&mut self, data: &mut DataPlane) -> Result<()> {
+        if data.datapath.remove_stray_bulk_devices().await? {
             // The devices belong to workers that no socket leads to any more. Without their
             // devices, the workers exit.
-            tokio::time::sleep(STRAYS).await;
+            tokio::time::sleep(STRAYS_EXIT_TIME).await;
         }
-        let ports = WorkerSockets::bind(self.bulk.workers)?;
+        let ports = WorkerSockets::bind(self.workers)?;
         let mut devices = Vec::new();
-        for _ in 0..self.bulk.workers {
-            devices.push(self.datapath.bulk_device().await?);
+        for _ in 0..self.workers {
+            devices.push(data.datapath.bulk_device().await?);
         }
         let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
-        let maps = self.datapath.bulk_map_fds();
+        let maps = data.datapath.bulk_map_fds();
         let mut child =
-            ipc::start(&self.bulk.run_dir, self.bulk.mode, &self.public_key, maps, devices, ports)?;
+            ipc::start(&self.run_dir, self.mode, &self.local.public_key, maps, devices, ports)?;
         // Reap the child process whenever it ends.
         std::thread::spawn(move || child.wait());
         let started = Instant::now();
         let link = loop {
-            match WorkersConnection::connect(&self.bulk.run_dir)? {
+            match WorkersConnection::connect(&self.run_dir)? {
                 Some(link) => break link,
-                None if started.elapsed() > GREETING => {
+                None if started.elapsed() > ANSWER_TIMEOUT => {
                     bail!("the bulk worker process does not accept connections")
                 }
                 None => tokio::time::sleep(Duration::from_millis(2)).await,
             }
         };
         let now = Instant::now();
-        (self.bulk.link, self.bulk.devices) = (Some(link), indexes);
-        (self.bulk.started, self.bulk.last_heard) = (now, now);
-        self.bulk.peers.clear();
-        self.follow_bulk_peers(now);
-        self.pump_bulk(None);
+        (self.link, self.devices) = (Some(link), indexes);
+        (self.started, self.last_heard) = (now, now);
+        self.peers.clear();
+        self.follow_peers(data, now);
+        self.pump(None);
         Ok(())
     }
 
     fn restart_later(&mut self, now: Instant) {
         let (first, most) = BACKOFF;
-        let lived = now.saturating_duration_since(self.bulk.started) > STEADY;
-        self.bulk.waited = if lived { first } else { (self.bulk.waited * 2).clamp(first, most) };
-        self.bulk.restart_at = Some(now + self.bulk.waited);
+        let lived = now.saturating_duration_since(self.started) > GOOD_LIFETIME;
+        self.waited = if lived { first } else { (self.waited * 2).clamp(first, most) };
+        self.restart_at = Some(now + self.waited);
     }
 
     /// Handles the end of the workers and schedules their restart. Until then, the eBPF programs
     /// hand them nothing.
-    fn lose_workers(&mut self, now: Instant) {
-        self.bulk.link = None;
-        self.datapath.bulk_maps().clear();
-        let devices = std::mem::take(&mut self.bulk.devices);
-        self.datapath.forget_bulk_devices(&devices);
-        let peers: Vec<PeerIndex> = std::mem::take(&mut self.bulk.peers).into_keys().collect();
+    fn lose_workers(&mut self, data: &mut DataPlane, now: Instant) {
+        self.link = None;
+        data.datapath.bulk_maps().clear();
+        let devices = std::mem::take(&mut self.devices);
+        data.datapath.forget_bulk_devices(&devices);
+        let peers: Vec<PeerIndex> = std::mem::take(&mut self.peers).into_keys().collect();
         for peer in peers {
-            self.bulk.handshakes.remove_peer(peer, now);
+            self.handshakes.remove_peer(peer, now);
         }
-        self.pump_bulk(None);
-        self.bulk.reports.clear();
+        self.pump(None);
+        self.reports.clear();
         self.restart_later(now);
         tracing::warn!(
             "the bulk workers are gone: the eBPF programs carry all packets until new ones start"
         );
     }
 
-    pub(super) async fn handle_bulk(&mut self, said: Option<FromWorkers>, now: Instant) {
-        let Some(said) = said else { return self.lose_workers(now) };
-        self.bulk.last_heard = now;
-        match said {
-            FromWorkers::State { speeds, .. } => self.bulk.speeds = speeds,
+    /// Handles a message of the workers. `None`: they are gone.
+    pub(super) fn handle_message(
+        &mut self,
+        message: Option<FromWorkers>,
+        data: &mut DataPlane,
+        now: Instant,
+    ) {
+        let Some(message) = message else { return self.lose_workers(data, now) };
+        self.last_heard = now;
+        match message {
+            FromWorkers::State { speeds, .. } => self.speeds = speeds,
             FromWorkers::Session { .. } | FromWorkers::Ready => {}
             FromWorkers::Received { from, to, bytes } => {
-                self.bulk.handshakes.handle_datagram(now, from, &bytes);
-                self.pump_bulk(to.map(|to| (from, to)));
+                self.handshakes.handle_datagram(now, from, &bytes);
+                self.pump(to.map(|to| (from, to)));
             }
             FromWorkers::Confirmed { peer, local_index } => {
-                self.bulk.handshakes.handle_confirmed(PeerIndex(peer), local_index, now);
-                self.pump_bulk(None);
+                self.handshakes.handle_confirmed(PeerIndex(peer), local_index, now);
+                self.pump(None);
             }
             FromWorkers::Peers(reports) => {
                 for report in reports {
@@ -341,7 +351,7 @@ impl Node {
             }
             FromWorkers::Drops(drops) => {
                 let name = |code: u32| Reason::ALL.iter().find(|reason| **reason as u32 == code);
-                self.bulk.drops = drops
+                self.drops = drops
                     .into_iter()
                     .filter_map(|(code, count)| Some((name(code)?.as_str(), count)))
                     .collect();
@@ -359,8 +369,8 @@ impl Node {
             last_received: clock.instant(report.last_rx_ns),
             endpoint: report.endpoint,
         };
-        self.bulk.handshakes.handle_activity(index, &activity);
-        let rates = self.bulk.reports.get(&index).map_or((0, 0), |before| {
+        self.handshakes.handle_activity(index, &activity);
+        let rates = self.reports.get(&index).map_or((0, 0), |before| {
             let elapsed = now.saturating_duration_since(before.at).as_secs_f64().max(0.001);
             let rate = |new: u64, old: u64| (new.saturating_sub(old) as f64 * 8.0 / elapsed) as u64;
             (
@@ -368,35 +378,35 @@ impl Node {
                 rate(report.rx_bytes, before.report.rx_bytes),
             )
         });
-        self.bulk.reports.insert(index, Goodput { report, at: now, rates });
+        self.reports.insert(index, Goodput { report, at: now, rates });
     }
 
     /// Performs what is due. Called once a second and when the handshakes ask for it.
-    pub(super) async fn handle_bulk_timeout(&mut self, now: Instant) {
-        if self.bulk.restart_at.take_if(|at| *at <= now).is_some() {
-            self.start_bulk(now).await;
+    pub(super) async fn handle_timeout(&mut self, data: &mut DataPlane, now: Instant) {
+        if self.restart_at.take_if(|at| *at <= now).is_some() {
+            self.start(data, now).await;
         }
-        if self.bulk.link.is_some() {
-            self.bulk.handshakes.handle_timeout(now, SystemTime::now());
-            self.pump_bulk(None);
+        if self.link.is_some() {
+            self.handshakes.handle_timeout(now, SystemTime::now());
+            self.pump(None);
         }
     }
 
     /// Passes the peers and their endpoints to the handshakes and the workers. Call this about once
     /// a second.
-    pub(super) fn follow_bulk_peers(&mut self, now: Instant) {
-        let Some(link) = &self.bulk.link else { return };
-        if now > self.bulk.last_heard + SILENCE {
+    pub(super) fn follow_peers(&mut self, data: &DataPlane, now: Instant) {
+        let Some(link) = &self.link else { return };
+        if now > self.last_heard + HEARTBEAT_TIMEOUT {
             tracing::warn!("the bulk workers are silent: restarting them");
             return link.kill();
         }
-        let wanted: BTreeMap<NodeId, Configured> = self
-            .peers
+        let wanted: BTreeMap<NodeId, Configured> = data
+            .peers()
             .iter()
             .filter_map(|(index, peer)| {
                 let id = index.node()?;
                 let endpoint = peer.state.as_ref()?.endpoint;
-                let rtt = self.paths.state(id).and_then(|state| state.rtt);
+                let rtt = data.paths.state(id).and_then(|state| state.rtt);
                 let configured = Configured {
                     public_key: peer.public_key,
                     endpoint: endpoint.map(|it| SocketAddr::new(it.ip(), BULK_PORT)),
@@ -406,7 +416,6 @@ impl Node {
             })
             .collect();
         let gone: Vec<PeerIndex> = self
-            .bulk
             .peers
             .iter()
             .filter(|(index, before)| {
@@ -416,77 +425,68 @@ impl Node {
             .map(|(index, _)| *index)
             .collect();
         for index in gone {
-            self.bulk.peers.remove(&index);
-            self.bulk.reports.remove(&index);
-            self.bulk.handshakes.remove_peer(index, now);
-            self.bulk.tell(&ToWorkers::RemovePeer { peer: index.0 });
+            self.peers.remove(&index);
+            self.reports.remove(&index);
+            self.handshakes.remove_peer(index, now);
+            self.tell(&ToWorkers::RemovePeer { peer: index.0 });
         }
         for (id, peer) in wanted {
             let index = id.peer_index();
-            if self.bulk.peers.get(&index) == Some(&peer) {
+            if self.peers.get(&index) == Some(&peer) {
                 continue;
             }
-            self.bulk.peers.insert(index, peer);
+            self.peers.insert(index, peer);
             let Configured { public_key, endpoint, rtt_ms } = peer;
-            self.bulk.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
+            self.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
             let config = PeerConfig {
                 public_key,
                 preshared_key: key::bulk_pair_key(
-                    &self.identity.cluster_key,
-                    &self.public_key,
+                    self.local.cluster_key(),
+                    &self.local.public_key,
                     &public_key,
                 ),
                 endpoint,
-                initiate: self.initiative(id),
+                initiate: self.local.initiative(id),
                 persistent_keepalive: None,
             };
-            self.bulk.handshakes.upsert_peer(index, config, now);
+            self.handshakes.upsert_peer(index, config, now);
         }
     }
 
     /// Carries out the decisions of the bulk path's handshakes.
-    pub(super) fn pump_bulk(&mut self, asked: Option<(SocketAddr, IpAddr)>) {
+    fn pump(&mut self, asked: Option<(SocketAddr, IpAddr)>) {
         let clock = Clock::now();
-        while let Some(event) = self.bulk.handshakes.poll_event() {
+        while let Some(event) = self.handshakes.poll_event() {
             match event {
-                Event::Install { peer, session } => self.bulk.tell(&install(peer, &session, clock)),
+                Event::Install { peer, session } => self.tell(&install(peer, &session, clock)),
                 Event::Withdraw { local_index, .. } => {
-                    self.bulk.tell(&ToWorkers::Withdraw { local_index })
+                    self.tell(&ToWorkers::Withdraw { local_index })
                 }
-                Event::SendKeepalive { peer } => {
-                    self.bulk.tell(&ToWorkers::Keepalive { peer: peer.0 })
-                }
+                Event::SendKeepalive { peer } => self.tell(&ToWorkers::Keepalive { peer: peer.0 }),
                 // From then on, workers follow the source of each message that they authenticate.
                 Event::EndpointChanged { peer, endpoint } => {
-                    let rtt_ms = self.bulk.peers.get(&peer).and_then(|peer| peer.rtt_ms);
-                    self.bulk.tell(&ToWorkers::Peer {
-                        peer: peer.0,
-                        endpoint: Some(endpoint),
-                        rtt_ms,
-                    });
+                    let rtt_ms = self.peers.get(&peer).and_then(|peer| peer.rtt_ms);
+                    self.tell(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
                 }
                 Event::Failed { peer, why } => {
                     tracing::debug!("no bulk session with peer {peer}: {why}")
                 }
             }
         }
-        while let Some(transmit) = self.bulk.handshakes.poll_transmit() {
+        while let Some(transmit) = self.handshakes.poll_transmit() {
             let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
-            self.bulk.tell(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
+            self.tell(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
         }
     }
 
     /// Stops the workers, because the node leaves.
-    pub(super) async fn stop_bulk(&mut self) {
-        let link = self
-            .bulk
-            .link
-            .take()
-            .or_else(|| WorkersConnection::connect(&self.bulk.run_dir).ok().flatten());
+    pub(super) async fn stop(&mut self) {
+        let link =
+            self.link.take().or_else(|| WorkersConnection::connect(&self.run_dir).ok().flatten());
         if let Some(link) = link {
             link.stop().await;
         }
-        let _ = std::fs::remove_file(self.bulk.run_dir.join(SOCKET));
+        let _ = std::fs::remove_file(self.run_dir.join(SOCKET));
     }
 }
 

@@ -5,31 +5,34 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::running::Node;
+use super::view::View;
 use crate::api::ApiError;
 use overnode_core::gossip::Record;
 
-impl Node {
+impl View<'_> {
     /// Returns the whole state of the node. Secret types have no JSON form, so the document cannot
     /// contain a secret.
-    pub(super) fn inspect(&mut self) -> Result<Value, ApiError> {
-        let now = Instant::now();
-        let status = self.status()?;
-        let counters = self.handshakes.counters().plus(self.arrivals.counters());
+    pub(super) fn inspect(&self, now: Instant) -> Result<Value, ApiError> {
+        let status = self.status(now)?;
+        let counters = self.data.handshakes.counters().plus(self.arrivals.counters());
         let handshakes: serde_json::Map<_, _> =
             counters.named().map(|(name, count)| (name.to_owned(), count.into())).collect();
-        let records: Vec<&Record> = self.gossip.records().collect();
+        let records: Vec<&Record> = self.control.gossip.records().collect();
         let routes: Vec<_> = self
-            .peers
+            .data
+            .peers()
             .iter()
             .map(|(index, peer)| json!({ "peer": index, "prefixes": peer.routes }))
             .collect();
         Ok(json!({
             "status": status,
-            "incarnation": self.incarnation,
+            "incarnation": self.control.incarnation(),
             "records": records,
             "routes": routes,
-            "data": { "peers": self.inspect_sessions(now), "underlay": self.datapath.underlay() },
+            "data": {
+                "peers": self.inspect_sessions(now),
+                "underlay": self.data.datapath.underlay(),
+            },
             "paths": self.inspect_paths(now),
             "allocation": self.inspect_allocation(),
             "handshakes": handshakes,
@@ -37,7 +40,7 @@ impl Node {
     }
 
     fn inspect_sessions(&self, now: Instant) -> Vec<Value> {
-        let states = self.peers.values().filter_map(|peer| peer.state.as_ref());
+        let states = self.data.peers().values().filter_map(|peer| peer.state.as_ref());
         let sessions = states.map(|state| {
             let sessions = state.sessions.iter().map(|session| {
                 json!({
@@ -62,7 +65,7 @@ impl Node {
     fn inspect_paths(&self, now: Instant) -> Value {
         let micros =
             |it: Option<Duration>| it.map(|it| u64::try_from(it.as_micros()).unwrap_or(u64::MAX));
-        let paths = self.paths.states().map(|(id, state)| {
+        let paths = self.data.paths.states().map(|(id, state)| {
             json!({
                 "peer": id,
                 "alive": state.alive,
@@ -77,7 +80,7 @@ impl Node {
                     state.last_heard.map(|at| now.saturating_duration_since(at).as_secs()),
             })
         });
-        let counters = self.paths.counters();
+        let counters = self.data.paths.counters();
         json!({
             "peers": paths.collect::<Vec<_>>(),
             "malformed": counters.malformed,
@@ -88,7 +91,7 @@ impl Node {
     }
 
     fn inspect_allocation(&self) -> Value {
-        let ipam = &self.ipam;
+        let ipam = &self.addresses.ipam;
         let lends = ipam.ledger().map(|(quarter, loans)| {
             let loans: Vec<_> = loans
                 .into_iter()

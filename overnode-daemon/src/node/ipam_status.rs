@@ -5,35 +5,32 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::running::Node;
+use super::view::View;
 use crate::api::{IpamStatus, LoanStatus, RangeOwner, ReclaimStatus};
 use overnode_core::ipam;
 use overnode_types::NodeId;
 
-impl Node {
+impl View<'_> {
     pub(super) fn ipam_status(&self, now: Instant) -> IpamStatus {
-        let pool = self.ipam.layout().network().range;
+        let pool = self.addresses.ipam.layout().network().range;
         let total = ipam::size(pool) as f64;
         let said: BTreeMap<NodeId, Vec<IpNet>> = self
+            .control
             .gossip
             .records()
             .filter(|record| !record.left)
             .map(|record| (record.id, record.ranges.clone()))
             .collect();
-        let shares = self.ipam.shares(&said);
+        let shares = self.addresses.ipam.shares(&said);
         let is_reachable = |id: NodeId| {
-            id == self.identity.id || self.reach(id).is_some_and(|(reachable, _)| reachable)
+            id == self.local.identity.id || self.reach(id).is_some_and(|(reachable, _)| reachable)
         };
         let owners = shares.owners.into_iter().map(|(id, share)| RangeOwner {
             id,
-            nickname: self
-                .gossip
-                .record(id)
-                .map(|record| record.nickname.clone())
-                .unwrap_or_default(),
+            nickname: self.nickname(id),
             addresses: count(share.addresses),
             percent: share.addresses as f64 / total * 100.0,
-            active: (id == self.identity.id).then(|| self.ipam.active() as u64),
+            active: (id == self.local.identity.id).then(|| self.addresses.ipam.active() as u64),
             reachable: Some(is_reachable(id)),
             ranges: share.ranges,
         });
@@ -45,9 +42,13 @@ impl Node {
             lender_reachable: is_reachable(lender),
             borrower_reachable: is_reachable(borrower),
         });
-        let waiting_for = self.ipam.check_ready().err().map(|why| why.to_string());
-        let reclaims =
-            self.ipam.reclaims().into_iter().map(|(id, missing)| ReclaimStatus { id, missing });
+        let waiting_for = self.addresses.ipam.check_ready().err().map(|why| why.to_string());
+        let reclaims = self
+            .addresses
+            .ipam
+            .reclaims()
+            .into_iter()
+            .map(|(id, missing)| ReclaimStatus { id, missing });
         IpamStatus {
             ready: waiting_for.is_none(),
             waiting_for,

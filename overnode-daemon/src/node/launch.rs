@@ -1,11 +1,12 @@
 //! Handles `launch`: creates a new identity or continues with the existing one.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use overnode_ebpf::map::BULK_WORKER_SLOTS;
 
 use super::Daemon;
-use super::running::Node;
+use super::control_plane::{add_targets, targets};
+use super::event_loop::Node;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
 use crate::datapath::Datapath;
 use crate::failpoint;
@@ -101,9 +102,13 @@ impl Daemon {
         };
         let replace = request.restart && !request.hosts.is_empty();
         let targets = if request.hosts.is_empty() {
-            node.targets()?
+            targets(&self.store)?
         } else {
-            node.connect(api::Connect { hosts: request.hosts, replace }).await?.targets
+            let now = Instant::now();
+            let targets = add_targets(&self.store, request.hosts, replace)?;
+            node.control.replace_targets(&targets, now);
+            node.pump(now).await;
+            targets
         };
         let outcome =
             if request.restart { LaunchOutcome::Restarted } else { LaunchOutcome::AlreadyRunning };

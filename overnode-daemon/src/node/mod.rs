@@ -1,27 +1,43 @@
-//! Runs the daemon's main task. It waits for the next input, passes it to the cores that make the
-//! decisions, and carries out their actions.
+//! The daemon's main task.
 //!
-//! `Daemon` lives as long as the process and may have no node yet. `running::Node` is a launched
-//! node.
+//! `Daemon` lives as long as the process and may have no node yet. A launched node has parts that
+//! do not know each other, and one loop that joins them:
+//!
+//! | file | part |
+//! | --- | --- |
+//! | `event_loop.rs` | the loop: gives each input to a part, and routes the effects of all parts |
+//! | `start.rs` | the steps from a stored identity to a running node |
+//! | `requests.rs`, `launch.rs`, `reset.rs` | requests of the command: which part answers what |
+//! | `control_plane.rs` | gossip, control connections, dialing |
+//! | `data_plane/` | peers, sessions, paths, routes |
+//! | `bulk.rs` | the workers for bulk flows |
+//! | `addresses.rs` | the allocation |
+//! | `names.rs` | DNS |
+//! | `containers.rs`, `containers/docker.rs` | attachments |
+//! | `problems.rs` | what needs an operator |
+//! | `monitor.rs` | what `overnode monitor` shows |
+//! | `view.rs`, `status.rs`, `inspect.rs`, `ipam_status.rs` | all parts, for reading |
+//! | `inputs.rs`, `local.rs` | what the loop waits for; facts about this node |
 
 mod addresses;
-mod arrivals;
 mod bulk;
-mod connections;
-mod data;
-mod dns;
-mod docker;
-mod endpoints;
-mod external;
-mod findings;
+mod containers;
+mod control_plane;
+mod data_plane;
+mod event_loop;
+mod inputs;
 mod inspect;
 mod ipam_status;
 mod launch;
+mod local;
 mod monitor;
-mod paths;
+mod names;
+mod problems;
+mod requests;
 mod reset;
-mod running;
+mod start;
 mod status;
+mod view;
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -33,7 +49,7 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::api::{self, ApiError, Reply, Request};
+use crate::api;
 use crate::datapath::Datapath;
 use crate::metrics;
 use crate::monitor::Hub;
@@ -41,9 +57,10 @@ use crate::options::Options;
 use crate::store::{Store, StoreError};
 use overnode_trust as trust;
 
-use addresses::Waiting;
+use event_loop::Node;
+use inputs::Input;
+use requests::Waiting;
 pub use reset::reset_offline;
-use running::Node;
 
 /// Time limit for a killed daemon to release its lock and its socket.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -95,7 +112,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             input = next_input(&mut daemon.node) => {
                 if let Some(node) = &mut daemon.node {
                     node.handle_input(input).await;
-                    if let Some(broken) = node.broken.take() {
+                    if let Some(broken) = node.addresses.take_broken() {
                         return Err(broken.context(
                             "the node stops, because it could otherwise give out an address twice",
                         ));
@@ -115,7 +132,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     if let Some(node) = &mut daemon.node {
-        node.stop_dns().await;
+        node.names.stop_server(&mut node.data.datapath).await;
     }
     daemon.hub.close();
     // Give the last answer time to reach its reader.
@@ -142,64 +159,8 @@ struct Daemon {
     waiting: Waiting,
 }
 
-impl Daemon {
-    async fn handle(&mut self, request: Request) -> Result<Reply, ApiError> {
-        match request {
-            Request::Launch(launch) => self.launch(launch).await.map(Reply::Launched),
-            Request::Reset(reset) => self.reset(reset, None).await.map(Reply::WasReset),
-            Request::Version => Ok(Reply::Version(self.version())),
-            Request::Connect(connect) => self.node()?.connect(connect).await.map(Reply::Targets),
-            Request::Forget(forget) => self.node()?.forget(forget).await.map(Reply::Targets),
-            // Attaching takes a while, so `begin` answers it later.
-            Request::Attach(_) => {
-                Err(ApiError::failed("an attach request cannot be answered at once"))
-            }
-            Request::Detach(detach) => self.node()?.detach(detach).await.map(Reply::Detached),
-            Request::Status => self.node()?.status().map(|status| Reply::Status(Box::new(status))),
-            Request::Inspect => self.node()?.inspect().map(Reply::Inspect),
-            Request::Monitor => self.node()?.watched().map(Reply::Watching),
-            Request::Prime => Ok(Reply::Primed(self.node()?.prime().await)),
-            Request::Reclaim(reclaim) => self.node()?.reclaim(reclaim).await.map(Reply::Reclaimed),
-            Request::DnsAdd(add) => self.node()?.dns_add(add).await.map(Reply::DnsAddresses),
-            Request::DnsRemove(remove) => {
-                self.node()?.dns_remove(remove).await.map(Reply::DnsAddresses)
-            }
-            Request::DnsLookup(lookup) => self.node()?.dns_lookup(&lookup).map(Reply::DnsAddresses),
-            Request::AddExternalPeer(peer) => {
-                self.node()?.add_external(peer).await.map(Reply::ExternalPeerAdded)
-            }
-            Request::RemoveExternalPeer(peer) => {
-                self.node()?.remove_external(&peer).map(Reply::ExternalPeerRemoved)
-            }
-            Request::ListExternalPeers => self.node()?.externals().map(Reply::ExternalPeers),
-        }
-    }
-
-    fn node(&mut self) -> Result<&mut Node, ApiError> {
-        self.node.as_mut().ok_or_else(|| {
-            ApiError::refused(
-                "no node was launched on this host: run \
-                 `overnode launch --id ID --token-file FILE HOST...` first",
-            )
-        })
-    }
-
-    fn version(&self) -> api::Version {
-        api::Version {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            protocols: Some(launch::PROTOCOLS),
-            kernel: nix::sys::utsname::uname()
-                .ok()
-                .map(|name| name.release().to_string_lossy().into_owned()),
-            pid: std::process::id(),
-            id: self.node.as_ref().map(Node::id),
-            state_dir: Some(self.options.state_dir.clone()),
-        }
-    }
-}
-
 /// Waits for the next input of the node, forever if there is no node. Cancel-safe.
-async fn next_input(node: &mut Option<Node>) -> running::Input {
+async fn next_input(node: &mut Option<Node>) -> Input {
     match node {
         Some(node) => node.next_input().await,
         None => std::future::pending().await,

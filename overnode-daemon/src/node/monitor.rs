@@ -1,15 +1,13 @@
 //! Feeds `overnode monitor`: reports dropped packets and events of peers, paths and containers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
 
-use super::running::Node;
-use crate::api::{
-    ApiError, Container, DroppedPacket, EventKind, Headers, PeerRef, Program, Watching,
-};
+use super::data_plane::DataPeer;
+use super::view::View;
+use crate::api::{Container, DroppedPacket, EventKind, Headers, Program};
 use crate::datapath::Drops;
 use crate::monitor::decode::Seen;
 use crate::monitor::hub;
@@ -19,7 +17,7 @@ use overnode_types::{NodeId, PeerIndex};
 
 /// Maximum number of dropped packets shown per second and reason. All of them fit into the ring
 /// buffer of the eBPF programs.
-const SHOWN: u32 = 32;
+pub(super) const SHOWN: u32 = 32;
 
 const _: () = {
     // The kernel adds an 8-byte header to each record.
@@ -29,12 +27,9 @@ const _: () = {
 
 /// The node's state of its monitors.
 pub(super) struct Monitor {
-    pub(super) hub: Hub,
-    pub(super) drops: Drops,
+    hub: Hub,
     /// Counts by reason, while a monitor is attached.
     tallies: Option<BTreeMap<&'static str, Tally>>,
-    /// Peers that had a session at the last check.
-    with_session: BTreeSet<PeerIndex>,
 }
 
 /// Packets dropped for one reason.
@@ -75,104 +70,97 @@ impl Attached {
 }
 
 impl Monitor {
-    pub(super) fn new(hub: Hub, drops: Drops) -> Self {
-        Self { hub, drops, tallies: None, with_session: BTreeSet::new() }
+    pub(super) fn new(hub: Hub) -> Self {
+        Self { hub, tallies: None }
     }
 }
 
-impl Node {
+impl Monitor {
     /// Sends an event to the monitors, if any is attached.
-    pub(super) fn tell(&self, what: impl FnOnce(&Self) -> EventKind) {
-        if self.monitor.hub.is_watched() {
-            self.monitor.hub.tell(what(self));
+    pub(super) fn report(&self, event: impl FnOnce() -> EventKind) {
+        if self.hub.is_watched() {
+            self.hub.tell(event());
         }
     }
 
-    /// Handles the attachment of a monitor.
-    pub(super) fn watched(&mut self) -> Result<Watching, ApiError> {
-        if self.monitor.tallies.is_none() {
-            self.watch_drops();
-        }
-        Ok(Watching {
-            id: self.identity.id,
-            nickname: self.identity.nickname.clone(),
-            drops_per_second: SHOWN,
-        })
-    }
-
-    /// Runs once a second: lets the programs record as many packets as can be shown, and reports
-    /// how many were not shown.
-    pub(super) fn watch_drops(&mut self) {
-        let is_watched = self.monitor.hub.is_watched();
-        if !is_watched && self.monitor.tallies.is_none() {
-            return;
+    /// Runs once a second and when a monitor attaches: reports how many packets were not shown.
+    /// Returns how many packets of each reason the programs may record until the next time, if that
+    /// has to be set.
+    pub(super) fn watch_drops(&mut self, queue: &mut Drops, view: View<'_>) -> Option<u32> {
+        let is_watched = self.hub.is_watched();
+        if !is_watched && self.tallies.is_none() {
+            return None;
         }
         // Read the counters before taking queued records. Otherwise packets that are counted but
         // not yet recorded would be reported as not shown.
-        let counters = match self.datapath.counters() {
+        let counters = match view.data.datapath.counters() {
             Ok(counters) => counters,
-            Err(error) => return tracing::warn!("dropped packets cannot be shown: {error:#}"),
+            Err(error) => {
+                tracing::warn!("dropped packets cannot be shown: {error:#}");
+                return None;
+            }
         };
         loop {
-            let batch = self.monitor.drops.try_recv();
+            let batch = queue.try_recv();
             if batch.is_empty() {
                 break;
             }
-            self.handle_drops(batch);
-        }
-        if let Err(error) = self.datapath.set_record_allowance(if is_watched { SHOWN } else { 0 }) {
-            tracing::warn!("dropped packets cannot be shown: {error:#}");
+            self.handle_drops(batch, view);
         }
         if !is_watched {
-            self.monitor.tallies = None;
-            return;
+            self.tallies = None;
+            return Some(0);
         }
         let drops = drop_reasons();
         let counter = |reason: &str| counters.get(reason).copied().unwrap_or(0);
-        match &mut self.monitor.tallies {
+        match &mut self.tallies {
             None => {
                 let tally =
                     |reason| (reason, Tally { before: counter(reason), ..Tally::default() });
-                self.monitor.tallies = Some(drops.map(tally).collect());
+                self.tallies = Some(drops.map(tally).collect());
             }
             Some(tallies) => {
                 for (reason, tally) in tallies {
                     let count = tally.not_shown(counter(reason));
                     if count > 0 {
                         let reason = (*reason).to_owned();
-                        self.monitor.hub.tell(EventKind::DropsNotShown { reason, count });
+                        self.hub.tell(EventKind::DropsNotShown { reason, count });
                     }
                 }
             }
         }
+        Some(SHOWN)
+    }
+
+    /// Whether a monitor was attached at the last look.
+    pub(super) fn is_counting(&self) -> bool {
+        self.tallies.is_some()
     }
 
     /// Reports dropped packets.
-    pub(super) fn handle_drops(&mut self, batch: Vec<Seen>) {
-        if !self.monitor.hub.is_watched() {
+    pub(super) fn handle_drops(&mut self, batch: Vec<Seen>, view: View<'_>) {
+        if !self.hub.is_watched() {
             return;
         }
-        let attachments = Attached::new(self.store.attachments().unwrap_or_default());
+        let attachments = Attached::new(view.store.attachments().unwrap_or_default());
         let now = hub::now();
         for seen in batch {
-            if let Some(tally) = self
-                .monitor
-                .tallies
-                .as_mut()
-                .and_then(|tallies| tallies.get_mut(seen.reason.as_str()))
-            {
+            let tallies = self.tallies.as_mut();
+            if let Some(tally) = tallies.and_then(|it| it.get_mut(seen.reason.as_str())) {
                 tally.shown += 1;
             }
-            let at = now.saturating_sub(self.datapath.milliseconds_since(seen.time_ns));
-            let dropped = self.dropped(seen, &attachments);
-            self.monitor.hub.tell_of(at, EventKind::Drop(Box::new(dropped)));
+            let at = now.saturating_sub(view.data.datapath.milliseconds_since(seen.time_ns));
+            let dropped = view.dropped(seen, &attachments);
+            self.hub.tell_of(at, EventKind::Drop(Box::new(dropped)));
         }
     }
+}
 
+impl View<'_> {
     /// Finds the container and the peer that a packet belongs to.
     fn dropped(&self, seen: Seen, attached: &Attached) -> DroppedPacket {
         let Seen { reason, program, ifindex, len, headers, .. } = seen;
-        let interface = self.datapath.interface_name(ifindex);
+        let interface = self.data.datapath.interface_name(ifindex);
         let at = |address: Option<IpAddr>| attached.0.get(&address?);
         let inner = headers.inner.as_ref();
         let (container, peer) = match program {
@@ -217,7 +205,8 @@ impl Node {
     /// Returns the peer that an address of the container network belongs to.
     fn owner(&self, address: IpAddr) -> Option<PeerIndex> {
         let routes = self
-            .peers
+            .data
+            .peers()
             .iter()
             .flat_map(|(index, peer)| peer.routes.iter().map(move |it| (it, index)));
         let leads_there = routes.filter(|(route, _)| route.contains(&address));
@@ -225,64 +214,24 @@ impl Node {
     }
 
     fn session_of(&self, receiver: u32) -> Option<PeerIndex> {
-        let has = |peer: &&super::data::DataPeer| {
+        let has = |peer: &&DataPeer| {
             peer.state
                 .as_ref()
                 .is_some_and(|it| it.sessions.iter().any(|it| it.local_index == receiver))
         };
-        self.peers.iter().find(|(_, peer)| has(peer)).map(|(index, _)| *index)
+        self.data.peers().iter().find(|(_, peer)| has(peer)).map(|(index, _)| *index)
     }
 
     /// Returns the peer at an address and port. If no peer uses that port, returns a peer at the
     /// address.
     fn peer_at(&self, address: IpAddr, port: Option<u16>) -> Option<PeerIndex> {
-        let at = |peer: &super::data::DataPeer| {
+        let at = |peer: &DataPeer| {
             let place = peer.state.as_ref()?.endpoint.or_else(|| peer.endpoint())?;
             (place.ip() == address).then_some(Some(place.port()) == port)
         };
-        let here = self.peers.iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
+        let here = self.data.peers().iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
         here.max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index)))
             .map(|(_, index)| index)
-    }
-
-    /// Returns the names of a peer.
-    pub(super) fn peer_ref(&self, index: PeerIndex) -> PeerRef {
-        match index.node() {
-            Some(id) => PeerRef {
-                id: Some(id),
-                public_key: None,
-                name: self.gossip.record(id).map(|record| record.nickname.clone()),
-            },
-            None => {
-                let external = self.externals.get(&index);
-                PeerRef {
-                    id: None,
-                    public_key: external.map(|it| it.public_key),
-                    name: external.and_then(|it| it.name.clone()),
-                }
-            }
-        }
-    }
-
-    /// Reports sessions that were established or lost.
-    pub(super) fn watch_sessions(&mut self, now: Instant) {
-        let with_session: BTreeSet<PeerIndex> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| peer.has_session(now))
-            .map(|(index, _)| *index)
-            .collect();
-        let before = std::mem::replace(&mut self.monitor.with_session, with_session);
-        for index in self.monitor.with_session.difference(&before) {
-            self.tell(|node| EventKind::SessionEstablished { peer: node.peer_ref(*index) });
-        }
-        for index in before.difference(&self.monitor.with_session) {
-            self.tell(|node| {
-                let last_error = node.peers.get(index).and_then(|peer| peer.last_error.as_ref());
-                let why = last_error.map(|(why, _)| why.clone());
-                EventKind::SessionLost { peer: node.peer_ref(*index), why }
-            });
-        }
     }
 }
 

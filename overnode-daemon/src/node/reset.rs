@@ -1,13 +1,12 @@
 //! Handles `reset`: leaves the cluster and removes everything of overnode from this host.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
 use super::Daemon;
-use super::docker::is_plugged;
-use super::running::Node;
+use super::containers::docker::is_plugged;
 use crate::api::{self, ApiError, WasReset};
 use crate::bulk;
 use crate::datapath::Datapath;
@@ -40,9 +39,11 @@ impl Daemon {
             self.leaving = true;
             return Ok(WasReset { id: None, left: Vec::new() });
         };
-        let id = node.id();
-        node.leave().await;
-        node.stop_bulk().await;
+        let id = node.local.id();
+        node.control.gossip.leave();
+        node.control.pump_gossip(Instant::now());
+        tokio::time::sleep(FAREWELL).await;
+        node.bulk.stop().await;
         failpoint::reached("farewell");
         self.node = None;
         let errors = Datapath::tear_down(&self.options.state_dir).await;
@@ -51,14 +52,6 @@ impl Daemon {
         let left =
             left.into_iter().chain(errors.iter().map(|error| format!("{error:#}"))).collect();
         Ok(WasReset { id: Some(id), left })
-    }
-}
-
-impl Node {
-    async fn leave(&mut self) {
-        self.gossip.leave();
-        self.pump_gossip(std::time::Instant::now()).await;
-        tokio::time::sleep(FAREWELL).await;
     }
 }
 

@@ -5,25 +5,25 @@ use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
 
-use super::docker::is_plugged;
-use super::endpoints::target_of;
-use super::running::Node;
+use super::containers::docker::is_plugged;
+use super::containers::target_of;
+use super::control_plane::targets;
+use super::data_plane::paths::path_of;
+use super::view::View;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction,
-    EndpointState, EndpointStatus, Health, LastError, LinkStatus, NodeState, NodeStatus, Path,
-    PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
+    EndpointState, EndpointStatus, ExternalPeerStatus, Health, LastError, LinkStatus, NodeState,
+    NodeStatus, Path, PeerStatus, RouteStatus, SessionState, Status, TargetState, TargetStatus,
 };
 use crate::datapath::{Hook, UnderlayStatus};
 use crate::net::session::PATTERN;
 use overnode_core::control::dial::{self, Phase};
 use overnode_core::gossip::{self, Record};
-use overnode_core::path::route::Route;
 use overnode_types::{NodeId, PeerIndex};
 
-impl Node {
-    pub(super) fn status(&mut self) -> Result<Status, ApiError> {
-        let now = Instant::now();
-        self.read_maps(now);
+impl View<'_> {
+    /// Returns the status. The caller reads the maps first.
+    pub(super) fn status(&self, now: Instant) -> Result<Status, ApiError> {
         let mut status = Status {
             health: Health::default(),
             node: self.node_status(now)?,
@@ -32,8 +32,8 @@ impl Node {
             connections: self.connection_status(now),
             endpoints: self.endpoint_status()?,
             ipam: self.ipam_status(now),
-            dns: self.dns_status(),
-            external_peers: self.externals()?,
+            dns: self.names.status(|id| self.nickname(id)),
+            external_peers: self.external_peers(now),
             counters: self.counter_status()?,
         };
         status.health = Health::of(&status);
@@ -41,9 +41,9 @@ impl Node {
     }
 
     fn node_status(&self, now: Instant) -> Result<NodeStatus, ApiError> {
-        let identity = &self.identity;
-        let underlay = self.datapath.underlay();
-        let problems: Vec<String> = self.problems(now).into_iter().collect();
+        let identity = &self.local.identity;
+        let underlay = self.data.datapath.underlay();
+        let problems: Vec<String> = self.node_problems(now).into_iter().collect();
         let underlay_problems: Vec<String> = self.underlay_problems().into_iter().collect();
         let is_impaired = !problems.is_empty()
             || !underlay_problems.is_empty()
@@ -55,8 +55,8 @@ impl Node {
             problems,
             underlay_problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            uptime_seconds: now.duration_since(self.started).as_secs(),
-            address: Some(self.ipam.layout().node_address(identity.id)),
+            uptime_seconds: now.duration_since(self.local.started).as_secs(),
+            address: Some(self.addresses.ipam.layout().node_address(identity.id)),
             underlay: underlay.addresses.iter().copied().filter(is_of_use).collect(),
             interface: identity
                 .interface
@@ -64,7 +64,7 @@ impl Node {
                 .or_else(|| underlay.interfaces.first().map(|it| it.name.clone())),
             mtu: Some(underlay.container_mtu),
             network: identity.network,
-            public_key: self.public_key,
+            public_key: self.local.public_key,
             discovery: Some(identity.discovery),
             attachment: Some(attachment(&underlay)),
             bulk: self.bulk.workers_status(),
@@ -72,9 +72,8 @@ impl Node {
     }
 
     fn target_status(&self, now: Instant) -> Result<Vec<TargetStatus>, ApiError> {
-        let known = self.dialer.target_status();
-        Ok(self
-            .targets()?
+        let known = self.control.dialer.target_status();
+        Ok(targets(self.store)?
             .into_iter()
             .map(|host| {
                 let view = known.iter().find(|view| view.name == host.as_str());
@@ -99,13 +98,14 @@ impl Node {
     }
 
     fn peer_status(&self, now: Instant) -> Vec<PeerStatus> {
-        let paths = self.gossip.paths();
+        let paths = self.control.gossip.paths();
         let mut peers: Vec<PeerStatus> = self
+            .control
             .gossip
             .records()
             .filter(|record| !record.left)
             .map(|record| {
-                let myself = record.id == self.identity.id;
+                let myself = record.id == self.local.identity.id;
                 let reach = self.reach(record.id);
                 let reachable = myself || reach.is_some_and(|(reachable, _)| reachable);
                 PeerStatus {
@@ -116,7 +116,7 @@ impl Node {
                     since_seconds: reach
                         .map(|(_, since)| now.saturating_duration_since(since).as_secs()),
                     path: paths.get(&record.id).filter(|_| reachable && !myself).map(path),
-                    address: Some(self.ipam.layout().node_address(record.id)),
+                    address: Some(self.addresses.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),
                     public_key: Some(record.public_key),
                     version: myself.then(|| env!("CARGO_PKG_VERSION").to_owned()),
@@ -131,20 +131,13 @@ impl Node {
         peers
     }
 
-    /// Returns whether a node is reachable, and since when. When a node is cut off, its connections
-    /// notice it only after seconds, but probes notice it at once. So a node without a route is
-    /// unreachable.
-    pub(super) fn reach(&self, id: NodeId) -> Option<(bool, Instant)> {
-        let (connected, since) = *self.reachable.get(&id)?;
-        match self.relay_routes.route(id) {
-            Some((Route::Unreachable, since)) if connected => Some((false, since)),
-            Some(_) | None => Some((connected, since)),
-        }
-    }
-
     fn own_links(&self) -> Vec<LinkStatus> {
-        let established =
-            self.dialer.connection_status().into_iter().filter(|it| it.phase == Phase::Established);
+        let established = self
+            .control
+            .dialer
+            .connection_status()
+            .into_iter()
+            .filter(|it| it.phase == Phase::Established);
         established
             .filter_map(|connection| {
                 let peer = connection.peer?;
@@ -153,7 +146,7 @@ impl Node {
                     remote: connection.address.parse().ok(),
                     peer,
                     nickname: connection.nickname,
-                    state: self.link_state(self.identity.id, peer),
+                    state: self.link_state(self.local.identity.id, peer),
                 })
             })
             .collect()
@@ -167,7 +160,7 @@ impl Node {
                 direction: None,
                 remote: None,
                 peer,
-                nickname: self.gossip.record(peer).map(|record| record.nickname.clone()),
+                nickname: self.control.gossip.record(peer).map(|record| record.nickname.clone()),
                 state: self.link_state(record.id, peer),
             })
             .collect()
@@ -175,7 +168,10 @@ impl Node {
 
     fn link_state(&self, one: NodeId, other: NodeId) -> ConnectionState {
         let says = |a, b| {
-            self.gossip.record(a).is_some_and(|record| record.links.binary_search(&b).is_ok())
+            self.control
+                .gossip
+                .record(a)
+                .is_some_and(|record| record.links.binary_search(&b).is_ok())
         };
         if says(one, other) && says(other, one) {
             ConnectionState::Established
@@ -185,20 +181,22 @@ impl Node {
     }
 
     fn connection_status(&self, now: Instant) -> Vec<ConnectionStatus> {
-        self.dialer
+        self.control
+            .dialer
             .connection_status()
             .into_iter()
             .map(|view| {
                 let established = view.phase == Phase::Established;
                 let state = match (&view.phase, view.peer) {
                     (Phase::Connecting, _) => ConnectionState::Connecting,
-                    (Phase::Established, Some(peer)) => self.link_state(self.identity.id, peer),
+                    (Phase::Established, Some(peer)) => {
+                        self.link_state(self.local.identity.id, peer)
+                    }
                     (Phase::Established, None) => ConnectionState::Pending,
                     (Phase::Retrying { .. }, _) => ConnectionState::Retrying,
                     (Phase::Myself | Phase::Refused, _) => ConnectionState::Failed,
                 };
-                let rtt =
-                    view.peer.filter(|_| established).and_then(|peer| self.stream_to(peer)?.rtt);
+                let rtt = view.peer.filter(|_| established).and_then(|peer| self.control.rtt(peer));
                 let data = view.peer.filter(|_| established);
                 let data = data.and_then(|peer| self.data_status(peer.peer_index(), now));
                 let myself = || LastError {
@@ -216,7 +214,7 @@ impl Node {
                     peer: view.peer,
                     nickname: view
                         .nickname
-                        .or_else(|| Some(self.gossip.record(view.peer?)?.nickname.clone())),
+                        .or_else(|| Some(self.control.gossip.record(view.peer?)?.nickname.clone())),
                     rtt_microseconds: rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
                     mtu: data.as_ref().and_then(|data| data.mtu),
                     bulk: data.as_ref().and_then(|data| data.bulk.clone()),
@@ -242,13 +240,13 @@ impl Node {
                 cni: it.cni.clone(),
                 name: it.name.clone(),
                 target: target_of(it),
-                address: self.with_prefix(it.address),
+                address: self.local.with_prefix(it.address),
                 fixed: it.is_static,
                 interface: it.host_interface.clone(),
                 attached_unix_seconds: Some(it.since),
                 state: if !is_plugged(it) {
                     EndpointState::Reserved
-                } else if self.datapath.is_attached(&it.host_interface) {
+                } else if self.data.datapath.is_attached(&it.host_interface) {
                     EndpointState::Attached
                 } else {
                     EndpointState::Gone
@@ -258,7 +256,7 @@ impl Node {
     }
 
     fn counter_status(&self) -> Result<Vec<CounterStatus>, ApiError> {
-        let counters = self.datapath.counters()?;
+        let counters = self.data.datapath.counters()?;
         Ok(Reason::ALL
             .iter()
             .filter_map(|reason| {
@@ -274,7 +272,7 @@ impl Node {
     }
 
     pub(super) fn data_status(&self, index: PeerIndex, now: Instant) -> Option<DataStatus> {
-        let peer = self.peers.get(&index)?;
+        let peer = self.data.peers().get(&index)?;
         let state = peer.state.as_ref()?;
         let sealing = state.sessions.iter().find(|session| session.sealing);
         let bulk = self.bulk.status(index, now);
@@ -282,7 +280,7 @@ impl Node {
             session: match sealing {
                 Some(session) if session.expires > now => SessionState::Established,
                 Some(_) => SessionState::Expired,
-                None if self.handshakes.peer(index).is_some_and(|view| view.waiting) => {
+                None if self.data.handshakes.peer(index).is_some_and(|view| view.waiting) => {
                     SessionState::Handshake
                 }
                 None => SessionState::None,
@@ -305,10 +303,25 @@ impl Node {
     }
 }
 
-impl Node {
+impl View<'_> {
+    /// Returns the external WireGuard peers.
+    pub(super) fn external_peers(&self, now: Instant) -> Vec<ExternalPeerStatus> {
+        self.data
+            .externals()
+            .map(|peer| ExternalPeerStatus {
+                public_key: peer.public_key,
+                name: peer.name.clone(),
+                preshared_key: peer.preshared_key.is_some(),
+                allowed_ips: peer.allowed.clone(),
+                persistent_keepalive_seconds: peer.keepalive,
+                data: self.data_status(peer.index, now),
+            })
+            .collect()
+    }
+
     fn route_status(&self, id: NodeId, now: Instant) -> Option<RouteStatus> {
-        let (route, since) = self.relay_routes.route(id)?;
-        let direct_works = self.paths.state(id);
+        let (route, since) = self.data.relay_routes.route(id)?;
+        let direct_works = self.data.paths.state(id);
         let micros = |rtt: std::time::Duration| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
         Some(RouteStatus {
             path: path_of(route),
@@ -346,15 +359,6 @@ fn direction(direction: dial::Direction) -> Direction {
     match direction {
         dial::Direction::Out => Direction::Outbound,
         dial::Direction::In => Direction::Inbound,
-    }
-}
-
-/// Returns the path that packets take, if there is one.
-pub(super) fn path_of(route: Route) -> Option<Path> {
-    match route {
-        Route::Direct => Some(Path::Direct),
-        Route::Via { relay, .. } => Some(Path::Via(relay)),
-        Route::Unreachable => None,
     }
 }
 

@@ -8,19 +8,19 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use tokio::sync::oneshot;
 
-use super::addresses::Outcome;
-use super::monitor::container_of;
-use super::running::Node;
+use super::{Addresses, Containers, Effect};
 use crate::api::{Container, EventKind};
-use crate::datapath::{self, EndPlacement, NetnsRef};
+use crate::datapath::{self, Datapath, EndPlacement, NetnsRef};
 use crate::docker::{
     EngineEvent, Event, Incoming, Order, Service, SocketPaths, engine::EngineError,
 };
 use crate::failpoint;
-use crate::store::{Identity, Store};
+use crate::node::local::LocalNode;
+use crate::node::monitor::container_of;
+use crate::store::Store;
 use overnode_core::attachment::{self, Attachment, Kind};
 use overnode_core::docker::{Docker, Refusal, Request, Response, Settings, Step};
-use overnode_core::ipam::{Ipam, IpamError, RequestId};
+use overnode_core::ipam::{IpamError, RequestId};
 use overnode_types::NodeId;
 
 /// Maximum number of requests that wait for an address at the same time.
@@ -29,7 +29,7 @@ const MAX_WAITING: usize = 4096;
 type Answer = oneshot::Sender<Result<Response, Refusal>>;
 
 /// The node's state for a Docker engine.
-pub(super) struct DockerSide {
+pub(in crate::node) struct DockerSide {
     service: Service,
     plan: Docker,
     /// Requests that wait for an address.
@@ -51,14 +51,14 @@ struct Waiter {
 
 impl DockerSide {
     /// Starts serving the engine, which need not be running.
-    pub(super) fn start(
-        places: &SocketPaths,
+    pub(in crate::node) fn start(
+        sockets: &SocketPaths,
         store: &Store,
-        identity: &Identity,
-        ipam: &Ipam,
+        local: &LocalNode,
         now: Instant,
     ) -> anyhow::Result<(Self, Incoming)> {
-        let node_address = |id: u16| NodeId::new(id).map(|id| ipam.layout().node_address(id));
+        let identity = &local.identity;
+        let node_address = |id: u16| NodeId::new(id).map(|id| local.layout.node_address(id));
         let settings = Settings {
             subnet: identity.network.subnet,
             range: identity.network.range,
@@ -66,10 +66,10 @@ impl DockerSide {
                 node_address(1).context("there is no node 1")?,
                 node_address(4095).context("there is no node 4095")?,
             ),
-            node: ipam.layout().node_address(identity.id),
+            node: local.address(),
         };
         let plan = Docker::new(settings, store.docker_networks()?, store.attachments()?, now);
-        let (service, incoming) = Service::start(places);
+        let (service, incoming) = Service::start(sockets);
         if !store.has_default_network()? {
             service.order(Order::CreateDefault(settings.subnet));
         }
@@ -78,21 +78,26 @@ impl DockerSide {
     }
 
     /// Returns the current problems that need an operator.
-    pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
+    pub(in crate::node) fn problems(&self) -> impl Iterator<Item = &String> {
         self.trouble.iter().chain(&self.refused)
     }
 }
 
-impl Node {
+impl Containers {
+    /// Whether a request of the engine waits for the outcome of an address request.
+    pub(in crate::node) fn waits_for(&self, request: RequestId) -> bool {
+        self.docker.as_ref().is_some_and(|docker| docker.waiting.contains_key(&request))
+    }
+
     /// Requests the default network from the engine. Returns false if no engine is served.
-    pub(super) fn want_default_network(&self) -> bool {
-        let subnet = self.identity.network.subnet;
+    pub(in crate::node) fn want_default_network(&self) -> bool {
+        let subnet = self.local.identity.network.subnet;
         self.order(Order::CreateDefault(subnet))
     }
 
     /// Requests the removal of the default network from the engine. Returns false if no engine is
     /// served.
-    pub(super) fn remove_default_network(&self, force: bool) -> bool {
+    pub(in crate::node) fn remove_default_network(&self, force: bool) -> bool {
         self.order(Order::RemoveDefault { force })
     }
 
@@ -103,9 +108,17 @@ impl Node {
     }
 
     /// Handles an event from the engine.
-    pub(super) async fn handle_docker(&mut self, event: Event, now: Instant) {
+    pub(in crate::node) async fn handle_docker(
+        &mut self,
+        event: Event,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+        now: Instant,
+    ) {
         match event {
-            Event::Call((request, answer)) => self.call(request, answer, now).await,
+            Event::Call((request, answer)) => {
+                self.call(request, answer, datapath, addresses, now).await;
+            }
             Event::EngineEvent(EngineEvent::Report(report)) => {
                 let Some(docker) = &mut self.docker else { return };
                 for step in docker.plan.report(&report, now) {
@@ -115,8 +128,8 @@ impl Node {
                         );
                     }
                     let named = self.newly_named(&step);
-                    match (self.carry_out(step, now).await, named) {
-                        (Ok(_), Some(container)) => self.tell(|_| EventKind::Named(container)),
+                    match (self.carry_out(step, datapath, addresses, now).await, named) {
+                        (Ok(_), Some(container)) => self.report(EventKind::Named(container)),
                         (Ok(_), None) => {}
                         (Err(why), _) => {
                             tracing::warn!(
@@ -141,10 +154,10 @@ impl Node {
                         Err(EngineError::Refused(why)) => Some(why),
                     };
                 }
-                self.outcomes.push_back(Outcome::DefaultNetwork);
+                self.effects.push_back(Effect::DefaultNetwork);
             }
             Event::EngineEvent(EngineEvent::Removed(removed)) => {
-                self.outcomes.push_back(Outcome::NetworkRemoved(match removed {
+                self.effects.push_back(Effect::NetworkRemoved(match removed {
                     Ok(()) => Ok(()),
                     Err(why @ EngineError::Absent { .. }) => {
                         tracing::info!("the engine still lists the default network: {why}");
@@ -183,12 +196,21 @@ impl Node {
         is_told.then(|| container_of(record))
     }
 
-    async fn call(&mut self, request: Request, answer: Answer, now: Instant) {
+    async fn call(
+        &mut self,
+        request: Request,
+        answer: Answer,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+        now: Instant,
+    ) {
         let Some(docker) = &mut self.docker else { return };
         tracing::debug!(?request, "request of the Docker engine");
         let done = match docker.plan.decide(request, now) {
-            Ok(Step::Find { fixed, name }) => return self.find(fixed, name, answer, now).await,
-            Ok(step) => self.carry_out(step, now).await,
+            Ok(Step::Find { fixed, name }) => {
+                return self.find(fixed, name, answer, addresses, now);
+            }
+            Ok(step) => self.carry_out(step, datapath, addresses, now).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = &done {
@@ -200,11 +222,12 @@ impl Node {
         self.look(false);
     }
 
-    async fn find(
+    fn find(
         &mut self,
         fixed: Option<IpAddr>,
         name: Option<String>,
         answer: Answer,
+        addresses: &mut Addresses,
         now: Instant,
     ) {
         let Some(docker) = &mut self.docker else { return };
@@ -215,31 +238,28 @@ impl Node {
             return;
         }
         let owner = name.as_deref().map_or("docker".to_owned(), |name| format!("docker: {name}"));
-        let request = match fixed {
-            Some(address) => self.ipam.claim(address, &owner, now),
-            None => self.ipam.allocate(&owner, now),
-        };
+        let request = addresses.request(fixed, &owner, now);
         docker.waiting.insert(request, Waiter { fixed: fixed.is_some(), name, answer });
-        self.pump(now).await;
     }
 
     /// Handles the outcome of an address request that no `attach` waits for.
-    pub(super) async fn found_for_docker(
+    pub(in crate::node) fn found_for_docker(
         &mut self,
         request: RequestId,
         found: Result<IpAddr, IpamError>,
+        addresses: &mut Addresses,
     ) {
         let now = Instant::now();
         let waiter = self.docker.as_mut().and_then(|docker| docker.waiting.remove(&request));
         match (waiter, found) {
             (Some(Waiter { fixed, name, answer }), Ok(address)) if !answer.is_closed() => {
-                let held = self.hold(address, fixed, name, now).await;
+                let held = self.hold(address, fixed, name, addresses, now);
                 if fixed {
-                    self.announce_claims(now).await;
+                    self.changed();
                 }
                 let _ = answer.send(held);
             }
-            (_, Ok(address)) => drop(self.ipam.release(address, now)),
+            (_, Ok(address)) => drop(addresses.ipam.release(address, now)),
             (Some(Waiter { answer, .. }), Err(why)) => {
                 tracing::info!("refused a request of the Docker engine: {why}");
                 drop(answer.send(Err(Refusal::new(why))));
@@ -248,11 +268,12 @@ impl Node {
         }
     }
 
-    async fn hold(
+    fn hold(
         &mut self,
         address: IpAddr,
         fixed: bool,
         name: Option<String>,
+        addresses: &mut Addresses,
         now: Instant,
     ) -> Result<Response, Refusal> {
         let Some(docker) = &mut self.docker else {
@@ -263,7 +284,7 @@ impl Node {
         // Write to disk before answering. A crash after this point can leave an unused address
         // reserved, but never gives an address twice.
         if let Err(why) = self.store.add_attachment(&record) {
-            self.ipam.release(address, now);
+            addresses.ipam.release(address, now);
             return Err(Refusal::new(why));
         }
         docker.plan.keep(record, now);
@@ -271,7 +292,13 @@ impl Node {
         Ok(response)
     }
 
-    async fn carry_out(&mut self, step: Step, now: Instant) -> Result<Response, Refusal> {
+    async fn carry_out(
+        &mut self,
+        step: Step,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+        now: Instant,
+    ) -> Result<Response, Refusal> {
         match step {
             Step::Answer(response) => Ok(response),
             Step::Find { .. } => Err(Refusal::new("an address cannot be allocated at this point")),
@@ -288,26 +315,26 @@ impl Node {
             }
             Step::Plug(record, response) => {
                 let container = container_of(&record);
-                self.plug_for_docker(*record, now).await?;
-                self.tell(|_| EventKind::Attached(container));
+                self.plug_for_docker(*record, datapath, now).await?;
+                self.report(EventKind::Attached(container));
                 Ok(response)
             }
             Step::Unplug(record, response) => {
-                self.unplug(record.address).await?;
-                self.unguard(record.address).await;
-                self.tell(|_| EventKind::Detached(container_of(&record)));
+                unplug(record.address, datapath).await?;
+                self.unguard(record.address, datapath).await;
+                self.report(EventKind::Detached(container_of(&record)));
                 self.keep(*record, now)?;
                 Ok(response)
             }
-            Step::Free(addresses, response) => {
-                for address in addresses {
-                    self.unplug(address).await?;
-                    self.give_back(address).map_err(Refusal::new)?;
+            Step::Free(freed, response) => {
+                for address in freed {
+                    unplug(address, datapath).await?;
+                    self.give_back(address, addresses).map_err(Refusal::new)?;
                     if let Some(docker) = &mut self.docker {
                         docker.plan.forget(address);
                     }
                 }
-                self.announce_claims(now).await;
+                self.changed();
                 Ok(response)
             }
         }
@@ -316,13 +343,13 @@ impl Node {
     /// Installs the rules against other gateways in containers whose network namespaces have
     /// appeared. An engine joins an endpoint before it creates the namespace. An engine in another
     /// mount namespace has namespaces at paths that do not exist here.
-    pub(super) async fn settle_sandboxes(&mut self, now: Instant) {
+    pub(in crate::node) async fn settle_sandboxes(&mut self, datapath: &Datapath, now: Instant) {
         let Some(docker) = &self.docker else { return };
         let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
         for mut record in unsettled {
             let sandbox = NetnsRef::Path(record.netns.clone().into());
             let Ok(identity) = sandbox.id() else { continue };
-            if let Err(why) = self.datapath.guard(&sandbox).await {
+            if let Err(why) = datapath.guard(&sandbox).await {
                 tracing::warn!(
                     "without routing rules, packets of {} may leave through the engine's \
                      gateway: {why:#}",
@@ -339,11 +366,11 @@ impl Node {
 
     /// Removes the rules against other gateways, so that a running container that leaves the
     /// network can use its other routes again.
-    async fn unguard(&mut self, address: IpAddr) {
+    async fn unguard(&self, address: IpAddr, datapath: &Datapath) {
         let sandbox =
             self.docker.as_ref().and_then(|docker| docker.plan.sandbox(address)).map(str::to_owned);
         let Some(sandbox) = sandbox else { return };
-        if let Err(why) = self.datapath.unguard(&NetnsRef::Path(sandbox.into())).await {
+        if let Err(why) = datapath.unguard(&NetnsRef::Path(sandbox.into())).await {
             tracing::debug!("{why:#}");
         }
     }
@@ -353,21 +380,19 @@ impl Node {
         if let Some(docker) = &mut self.docker {
             docker.plan.keep(record, now);
         }
-        self.announce_names(now);
+        self.changed();
         Ok(())
-    }
-
-    async fn unplug(&mut self, address: IpAddr) -> Result<(), Refusal> {
-        let unplugged = self.datapath.detach(&attachment::host_interface(address)).await;
-        unplugged.map_err(|why| {
-            Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
-        })
     }
 
     /// Creates the interface, replacing an existing one. The engine may repeat the request if it
     /// missed the answer.
-    async fn plug_for_docker(&mut self, record: Attachment, now: Instant) -> Result<(), Refusal> {
-        self.unplug(record.address).await?;
+    async fn plug_for_docker(
+        &mut self,
+        record: Attachment,
+        datapath: &mut Datapath,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        unplug(record.address, datapath).await?;
         let plan = datapath::Attachment {
             place: EndPlacement::Waiting,
             address: record.address,
@@ -377,7 +402,7 @@ impl Node {
         let address = record.address;
         self.keep(record, now)?;
         failpoint::reached("docker endpoint");
-        if let Err(why) = self.datapath.attach(&plan).await {
+        if let Err(why) = datapath.attach(&plan).await {
             return Err(Refusal::new(format_args!(
                 "no interface was created for {address}: {why:#}"
             )));
@@ -387,8 +412,15 @@ impl Node {
     }
 }
 
+async fn unplug(address: IpAddr, datapath: &mut Datapath) -> Result<(), Refusal> {
+    let unplugged = datapath.detach(&attachment::host_interface(address)).await;
+    unplugged.map_err(|why| {
+        Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
+    })
+}
+
 /// Whether an attachment on disk should have an interface.
-pub(super) fn is_plugged(attachment: &Attachment) -> bool {
+pub(in crate::node) fn is_plugged(attachment: &Attachment) -> bool {
     match attachment.kind {
         Kind::Docker => attachment.engine.as_ref().is_some_and(|engine| engine.joined),
         Kind::Netns | Kind::Cni | Kind::Host => true,

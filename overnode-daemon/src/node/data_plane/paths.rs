@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use overnode_ebpf::wire::{RELAY_HOPS, Relay};
 
-use super::running::Node;
-use super::status::path_of;
-use crate::api::EventKind;
+use super::{DataPlane, Effect, PeerEvent};
+use crate::api::Path;
 use crate::datapath::Probe;
+use overnode_core::gossip::Gossip;
 use overnode_core::handshake::Transmit;
 use overnode_core::path::route::{self, Graph, Route};
 use overnode_core::path::{Action, PathState};
@@ -26,9 +26,9 @@ const BUSY: Duration = Duration::from_secs(10);
 /// recently was chosen only because the destination had just stopped answering.
 const SETTLED_AFTER: Duration = Duration::from_secs(5);
 
-/// The node's routing state of direct paths and relay routes.
+/// Which path packets to each node take.
 #[derive(Debug, Default)]
-pub(super) struct RelayRoutes {
+pub(in crate::node) struct RelayRoutes {
     /// The routes in use.
     routes: BTreeMap<NodeId, Route>,
     /// When each route was chosen.
@@ -45,7 +45,7 @@ pub(super) struct RelayRoutes {
 
 impl RelayRoutes {
     /// Returns the route to a node and when it was chosen.
-    pub(super) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
+    pub(in crate::node) fn route(&self, id: NodeId) -> Option<(Route, Instant)> {
         Some((*self.routes.get(&id)?, *self.since.get(&id)?))
     }
 
@@ -73,12 +73,12 @@ impl RelayRoutes {
     }
 
     /// Requests a new choice of routes.
-    pub(super) fn mark_stale(&mut self) {
+    pub(in crate::node) fn mark_stale(&mut self) {
         self.is_stale = true;
     }
 }
 
-impl Node {
+impl DataPlane {
     /// Makes exactly the nodes with a session targets of probes.
     pub(super) fn follow_sessions(&mut self, now: Instant) {
         let mut with_session = BTreeSet::new();
@@ -106,21 +106,30 @@ impl Node {
         self.relay_routes.mark_stale();
     }
 
-    pub(super) fn handle_probe(&mut self, probe: &Probe, now: Instant) {
-        let Some(from) = probe.peer.node() else { return };
-        if self.paths.state(from).is_none() {
+    /// Handles a probe, or the answer to one, that came through the tunnel.
+    /// Returns whether there may be a new session.
+    pub(in crate::node) fn handle_probe(&mut self, probe: &Probe, now: Instant) -> bool {
+        let Some(from) = probe.peer.node() else { return false };
+        let is_new = self.paths.state(from).is_none();
+        if is_new {
             // A probe may be the first message in a session, which confirms it.
             self.read_maps(now);
         }
         self.paths.handle_probe(from, &probe.payload, probe.inner_len, now);
+        is_new
     }
 
     /// Sends pending probes, and chooses new routes if anything has changed.
-    pub(super) fn pump_paths(&mut self, now: Instant) {
+    pub(in crate::node) fn pump_paths(
+        &mut self,
+        gossip: &Gossip,
+        neighbors: &BTreeSet<NodeId>,
+        now: Instant,
+    ) {
         while let Some(action) = self.paths.poll_action() {
             match action {
                 Action::Send { to, bytes } => {
-                    let address = self.ipam.layout().node_address(to);
+                    let address = self.local.layout.node_address(to);
                     if let Err(error) = self.datapath.send_probe(to.peer_index(), address, &bytes) {
                         tracing::debug!("a probe to node {to} was not sent: {error:#}");
                         let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
@@ -138,24 +147,21 @@ impl Node {
                             "the direct path to node {id} {what} (MTU {} bytes)",
                             state.mtu
                         );
-                        self.tell(|node| EventKind::DirectPath {
-                            peer: node.peer_ref(id.peer_index()),
-                            works: state.alive,
-                            mtu: state.mtu,
-                        });
+                        let event = PeerEvent::DirectPath { works: state.alive, mtu: state.mtu };
+                        self.report(id.peer_index(), event);
                     }
                     self.relay_routes.mark_stale();
                 }
             }
         }
         if std::mem::take(&mut self.relay_routes.is_stale) {
-            self.choose_routes(now);
+            self.choose_routes(gossip, neighbors, now);
         }
     }
 
-    fn choose_routes(&mut self, now: Instant) {
-        let graph = self.graph();
-        let routes = route::choose(self.identity.id, &graph);
+    fn choose_routes(&mut self, gossip: &Gossip, neighbors: &BTreeSet<NodeId>, now: Instant) {
+        let graph = self.graph(gossip);
+        let routes = route::choose(self.local.id(), &graph);
         for (&id, &chosen) in &routes {
             let index = id.peer_index();
             if !self.peers.contains_key(&index) || self.is_young(id, graph.direct.get(&id), now) {
@@ -173,10 +179,7 @@ impl Node {
             }
             if self.relay_routes.routes.insert(id, chosen) != Some(chosen) {
                 self.relay_routes.since.insert(id, now);
-                self.tell(|node| EventKind::PathChanged {
-                    peer: node.peer_ref(index),
-                    path: path_of(chosen),
-                });
+                self.report(index, PeerEvent::PathChanged(path_of(chosen)));
                 match chosen {
                     Route::Direct => tracing::info!("packets for node {id} take the direct path"),
                     Route::Via { relay, hops } => {
@@ -194,11 +197,16 @@ impl Node {
         self.relay_routes.routes.retain(|id, _| routes.contains_key(id));
         self.relay_routes.since.retain(|id, _| routes.contains_key(id));
         self.relay_routes.kept.retain(|id, _| routes.contains_key(id));
-        self.publish_no_direct_path(now);
+        let no_direct_path = neighbors.iter().copied().filter(|id| {
+            let state = self.paths.state(*id);
+            !state.is_some_and(|state| state.alive) && !self.is_young(*id, state.as_ref(), now)
+        });
+        let no_direct_path = no_direct_path.collect();
+        self.effects.push_back(Effect::NoDirectPath(no_direct_path));
     }
 
-    fn graph(&self) -> Graph {
-        let links = self.gossip.records().filter(|record| !record.left).map(|record| {
+    fn graph(&self, gossip: &Gossip) -> Graph {
+        let links = gossip.records().filter(|record| !record.left).map(|record| {
             let is_dark = |id: &NodeId| record.no_direct_path.binary_search(id).is_ok();
             (record.id, record.links.iter().copied().filter(|id| !is_dark(id)).collect())
         });
@@ -206,21 +214,6 @@ impl Node {
             direct: self.paths.states().collect(),
             links: links.collect(),
             present: self.relay_routes.routes.clone(),
-        }
-    }
-
-    /// Publishes the nodes that this node has a connection with but no direct path to.
-    fn publish_no_direct_path(&mut self, now: Instant) {
-        let links = self.streams.values().map(|stream| stream.peer);
-        let no_direct_path: BTreeSet<NodeId> = links
-            .filter(|id| {
-                let state = self.paths.state(*id);
-                !state.is_some_and(|state| state.alive) && !self.is_young(*id, state.as_ref(), now)
-            })
-            .collect();
-        if !self.gossip.own().no_direct_path.iter().eq(&no_direct_path) {
-            self.gossip
-                .update_own(|own| own.no_direct_path = no_direct_path.into_iter().collect(), now);
         }
     }
 
@@ -243,7 +236,7 @@ impl Node {
         let (relay, message) = Relay::split(datagram)?;
         let source = NodeId::new(relay.source).ok()?;
         let previous = NodeId::new(relay.previous).ok()?;
-        if relay.destination != self.identity.id.get()
+        if relay.destination != self.local.id().get()
             || !self.peers.contains_key(&source.peer_index())
         {
             return None;
@@ -255,7 +248,7 @@ impl Node {
     /// Sends a handshake message through a relay if its peer is behind one, or if it answers a
     /// relayed message. Returns true if the destination is a stand-in address, so that the message
     /// cannot also be sent directly.
-    pub(super) async fn send_relayed(&mut self, transmit: &Transmit) -> bool {
+    pub(in crate::node) async fn send_relayed(&self, transmit: &Transmit) -> bool {
         let stood_for = stood_for(transmit.to);
         let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
         let relay = node.and_then(|id| match self.relay_routes.routes.get(&id) {
@@ -265,7 +258,7 @@ impl Node {
         if let (Some(node), Some(relay)) = (node, relay) {
             let place =
                 self.peers.get(&relay.peer_index()).and_then(|peer| peer.state.as_ref()?.endpoint);
-            let own = self.identity.id.get();
+            let own = self.local.id().get();
             let header =
                 Relay { hops: RELAY_HOPS, destination: node.get(), source: own, previous: own };
             let datagram = [&header.to_bytes()[..], &transmit.bytes].concat();
@@ -278,6 +271,15 @@ impl Node {
             }
         }
         stood_for.is_some()
+    }
+}
+
+/// Returns the path that packets take, if there is one.
+pub(in crate::node) fn path_of(route: Route) -> Option<Path> {
+    match route {
+        Route::Direct => Some(Path::Direct),
+        Route::Via { relay, .. } => Some(Path::Via(relay)),
+        Route::Unreachable => None,
     }
 }
 

@@ -1,19 +1,50 @@
-//! Handles `attach` and `detach`, and containers that disappear on their own.
+//! What is attached to the network on this host: `attach` and `detach`, and containers that
+//! disappear on their own. `docker.rs` has the containers of a Docker engine.
+//!
+//! [`Containers`] keeps the attachments on disk and acts on the data plane and the allocation,
+//! which are arguments.
 
+pub(super) mod docker;
+
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use ipnet::IpNet;
-
-use super::docker::is_plugged;
+use super::addresses::Addresses;
+use super::local::LocalNode;
 use super::monitor::container_of;
-use super::running::Node;
 use crate::api::{self, ApiError, EventKind, Netns, Target};
-use crate::datapath::{self, EndPlacement, KnownEndpoint, NetnsRef};
+use crate::datapath::{self, Datapath, EndPlacement, KnownEndpoint, NetnsRef};
 use crate::failpoint;
-use crate::store::StoreError;
+use crate::store::{Store, StoreError};
 use overnode_core::attachment::{self, Attachment, Kind};
+
+use docker::{DockerSide, is_plugged};
+
+/// The attachments of this host, and the Docker engine that is served, if any.
+pub(super) struct Containers {
+    local: Arc<LocalNode>,
+    store: Arc<Store>,
+    pub(super) docker: Option<DockerSide>,
+    effects: VecDeque<Effect>,
+}
+
+/// A consequence for other parts of the node.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// Attachments have changed, and so may the names that this node announces.
+    Changed,
+    /// An address is free again.
+    Released(IpAddr),
+    /// Monitors show this event.
+    Report(EventKind),
+    /// The engine has created the default network, or has failed to.
+    DefaultNetwork,
+    /// The engine has removed the default network, or why it has not.
+    NetworkRemoved(Result<(), String>),
+}
 
 /// Returns the network namespace of the container, or `None` for the host.
 fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
@@ -31,26 +62,51 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
     }
 }
 
-impl Node {
+impl Containers {
+    pub(super) fn new(
+        local: Arc<LocalNode>,
+        store: Arc<Store>,
+        docker: Option<DockerSide>,
+    ) -> Self {
+        Self { local, store, docker, effects: VecDeque::new() }
+    }
+
+    /// Returns the next consequence, if any.
+    pub(super) fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    fn report(&mut self, event: EventKind) {
+        self.effects.push_back(Effect::Report(event));
+    }
+
+    fn changed(&mut self) {
+        self.effects.push_back(Effect::Changed);
+    }
+
     /// Returns the existing attachment if the host is already exposed as requested. Returns `None`
     /// if the request is not for the host or the host is not exposed.
-    pub(super) fn exposed(&self, request: &api::Attach) -> Result<Option<api::Attached>, ApiError> {
+    pub(super) fn exposed(
+        &self,
+        request: &api::Attach,
+        datapath: &Datapath,
+    ) -> Result<Option<api::Attached>, ApiError> {
         if request.target != Target::Host {
             return Ok(None);
         }
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let exposed = attachments.into_iter().find(|it| it.kind == Kind::Host);
         let as_asked = |it: &Attachment| {
-            request.address.is_none_or(|wanted| wanted == self.with_prefix(it.address))
+            request.address.is_none_or(|wanted| wanted == self.local.with_prefix(it.address))
                 && (request.name.is_none() || request.name == it.name)
         };
         match exposed {
             None => Ok(None),
             Some(it) if as_asked(&it) => Ok(Some(api::Attached {
-                address: self.with_prefix(it.address),
+                address: self.local.with_prefix(it.address),
                 interface: datapath::CONTAINER_INTERFACE.to_owned(),
                 host_interface: it.host_interface,
-                mtu: self.datapath.container_mtu(),
+                mtu: datapath.container_mtu(),
                 mac: None,
             })),
             Some(it) => Err(ApiError::refused(format_args!(
@@ -94,7 +150,12 @@ impl Node {
 
     /// Removes the stale attachment of a container, for CNI requests only. A runtime whose host was
     /// switched off requests the attachment again without having deleted the previous one.
-    pub(super) async fn displace(&mut self, request: &api::Attach) -> Result<(), ApiError> {
+    pub(super) async fn displace(
+        &mut self,
+        request: &api::Attach,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+    ) -> Result<(), ApiError> {
         if request.cni.is_none() {
             return Ok(());
         }
@@ -107,10 +168,10 @@ impl Node {
         };
         let inode =
             NetnsRef::Path(known.netns.clone().into()).id().map(|identity| identity.inode).ok();
-        if inode == Some(known.netns_inode) && self.datapath.is_attached(&known.host_interface) {
+        if inode == Some(known.netns_inode) && datapath.is_attached(&known.host_interface) {
             return Ok(());
         }
-        self.remove(&known).await
+        self.remove(&known, datapath, addresses).await
     }
 
     /// Attaches a container at an address that was allocated for it.
@@ -118,13 +179,15 @@ impl Node {
         &mut self,
         request: api::Attach,
         address: IpAddr,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
     ) -> Result<api::Attached, ApiError> {
-        let attached = self.attach_interface(request, address).await;
+        let attached = self.attach_interface(request, address, datapath, addresses).await;
         // An address on disk stays reserved, as it would after a restart.
         let is_free =
             || self.store.attachments().is_ok_and(|all| all.iter().all(|it| it.address != address));
         if attached.is_err() && is_free() {
-            self.ipam.release(address, Instant::now());
+            addresses.ipam.release(address, Instant::now());
         }
         attached
     }
@@ -133,10 +196,11 @@ impl Node {
         &mut self,
         request: api::Attach,
         address: IpAddr,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
     ) -> Result<api::Attached, ApiError> {
         // Check again, because time has passed since the address was requested.
         self.check_attach(&request)?;
-        let now = Instant::now();
         let netns = netns_of(&request)?;
         let inode = match &netns {
             Some(netns) => {
@@ -184,13 +248,13 @@ impl Node {
             inside.clone_from(interface);
             plan.mac = cni.mac;
         }
-        let mut plugged = self.datapath.attach(&plan).await;
+        let mut plugged = datapath.attach(&plan).await;
         if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &plugged)
-            && let Err(why) = self.datapath.guard(netns).await
+            && let Err(why) = datapath.guard(netns).await
         {
             // Another plugin may give the container another gateway. Packets for containers must
             // not take it, so an attachment without the rules is undone.
-            if let Err(left) = self.datapath.detach(&plan.host_interface).await {
+            if let Err(left) = datapath.detach(&plan.host_interface).await {
                 tracing::warn!("{} cannot be removed yet: {left:#}", plan.host_interface);
             }
             plugged = Err(
@@ -200,7 +264,7 @@ impl Node {
         let attached = match plugged {
             Ok(attached) => attached,
             Err(error) => {
-                if let Err(left) = self.give_back(address) {
+                if let Err(left) = self.give_back(address, addresses) {
                     tracing::warn!("{address} stays reserved: {left}");
                 }
                 return Err(ApiError::failed(match request.target {
@@ -210,10 +274,10 @@ impl Node {
             }
         };
         failpoint::reached("attached");
-        self.tell(|_| EventKind::Attached(container_of(&attachment)));
-        self.announce_claims(now).await;
+        self.report(EventKind::Attached(container_of(&attachment)));
+        self.changed();
         Ok(api::Attached {
-            address: self.with_prefix(address),
+            address: self.local.with_prefix(address),
             interface: inside,
             host_interface: attached.host_interface,
             mtu: attached.mtu,
@@ -221,7 +285,13 @@ impl Node {
         })
     }
 
-    pub(super) async fn detach(&mut self, request: api::Detach) -> Result<api::Detached, ApiError> {
+    /// Detaches a container.
+    pub(super) async fn detach(
+        &mut self,
+        request: api::Detach,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+    ) -> Result<api::Detached, ApiError> {
         let wanted = request.target.to_string();
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         if let Some(endpoint) = &request.cni {
@@ -239,9 +309,9 @@ impl Node {
                     endpoint.network
                 )));
             };
-            self.remove(known).await?;
-            self.announce_claims(Instant::now()).await;
-            return Ok(api::Detached { address: self.with_prefix(known.address) });
+            self.remove(known, datapath, addresses).await?;
+            self.changed();
+            return Ok(api::Detached { address: self.local.with_prefix(known.address) });
         }
         let known = attachments
             .iter()
@@ -263,14 +333,19 @@ impl Node {
                  detaches it when its container stops"
             )));
         }
-        self.remove(known).await?;
-        self.announce_claims(Instant::now()).await;
-        Ok(api::Detached { address: self.with_prefix(known.address) })
+        self.remove(known, datapath, addresses).await?;
+        self.changed();
+        Ok(api::Detached { address: self.local.with_prefix(known.address) })
     }
 
-    async fn remove(&mut self, known: &Attachment) -> Result<(), ApiError> {
+    async fn remove(
+        &mut self,
+        known: &Attachment,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+    ) -> Result<(), ApiError> {
         let target = &known.target;
-        self.datapath.detach(&known.host_interface).await.map_err(|error| {
+        datapath.detach(&known.host_interface).await.map_err(|error| {
             ApiError::failed(format_args!("{target} was not detached: {error:#}"))
         })?;
         failpoint::reached("unplugged");
@@ -278,12 +353,12 @@ impl Node {
         let is_there = || netns.id().is_ok_and(|identity| identity.inode == known.netns_inode);
         if known.kind == Kind::Cni
             && is_there()
-            && let Err(why) = self.datapath.unguard(&netns).await
+            && let Err(why) = datapath.unguard(&netns).await
         {
             tracing::debug!("{why:#}");
         }
-        self.tell(|_| EventKind::Detached(container_of(known)));
-        self.give_back(known.address).map_err(|error| {
+        self.report(EventKind::Detached(container_of(known)));
+        self.give_back(known.address, addresses).map_err(|error| {
             ApiError::failed(format_args!(
                 "{target} was detached, but its address stays reserved: {error}"
             ))
@@ -291,7 +366,12 @@ impl Node {
     }
 
     /// Removes interfaces without an owner, and releases the addresses of containers that are gone.
-    pub(super) async fn reconcile(&mut self, now: Instant) -> anyhow::Result<()> {
+    pub(super) async fn reconcile(
+        &mut self,
+        dns: Option<KnownEndpoint>,
+        datapath: &mut Datapath,
+        addresses: &mut Addresses,
+    ) -> anyhow::Result<()> {
         let attachments = self.store.attachments()?;
         let mut known: Vec<KnownEndpoint> = attachments
             .iter()
@@ -302,8 +382,8 @@ impl Node {
                 netns: (it.kind != Kind::Host).then(|| NetnsRef::Path(it.netns.clone().into())),
             })
             .collect();
-        known.extend(self.dns.endpoint());
-        for lost in self.datapath.reconcile(&known).await? {
+        known.extend(dns);
+        for lost in datapath.reconcile(&known).await? {
             let Some(attachment) =
                 attachments.iter().find(|it| it.host_interface == lost.host_interface)
             else {
@@ -311,7 +391,7 @@ impl Node {
             };
             // A runtime's plugin deletes an interface itself while no daemon runs.
             let may_return = lost.netns_exists && attachment.kind != Kind::Cni;
-            if may_return && self.plug_in_again(attachment).await {
+            if may_return && plug_in_again(attachment, datapath).await {
                 continue;
             }
             if matches!(attachment.kind, Kind::Docker | Kind::Host) {
@@ -319,88 +399,50 @@ impl Node {
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
             }
-            self.tell(|_| EventKind::Gone(container_of(attachment)));
+            self.report(EventKind::Gone(container_of(attachment)));
             tracing::info!(
                 "{} is gone; its address {} is free again",
                 attachment.target,
                 attachment.address
             );
-            if let Err(error) = self.give_back(attachment.address) {
+            if let Err(error) = self.give_back(attachment.address, addresses) {
                 tracing::warn!("{} stays reserved: {error}", attachment.address);
             }
         }
-        self.keep_dns().await;
-        self.announce_claims(now).await;
+        self.changed();
         Ok(())
     }
 
-    /// Restores an interface that was lost although its container exists. This happens when the
-    /// node's host interfaces were deleted by hand or by an interrupted reset. Returns true if the
-    /// interface is back.
-    async fn plug_in_again(&mut self, attachment: &Attachment) -> bool {
-        let plan = if attachment.kind == Kind::Host {
-            datapath::Attachment::host(attachment.address)
-        } else {
-            let netns = NetnsRef::Path(attachment.netns.clone().into());
-            if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
-                return false;
-            }
-            datapath::Attachment {
-                mac: attachment.engine.as_ref().map(|engine| engine.mac),
-                ..datapath::Attachment::inside(netns, attachment.address)
-            }
-        };
-        match self.datapath.attach(&plan).await {
-            Ok(_) => true,
-            Err(error) => {
-                tracing::warn!("{} cannot be attached again: {error:#}", attachment.target);
-                false
-            }
-        }
-    }
-
-    /// Returns the static address that was requested, if any.
-    pub(super) fn wanted_address(&self, request: &api::Attach) -> Result<Option<IpAddr>, ApiError> {
-        let Some(mut address) = request.address else { return Ok(None) };
-        if request.cni.is_some() && address.prefix_len() == address.max_prefix_len() {
-            address = self.with_prefix(address.addr());
-        }
-        let subnet = self.identity.network.subnet;
-        if !subnet.contains(&address.addr()) {
-            return Err(ApiError::usage(format_args!(
-                "{} is outside the subnet {subnet}: give an address inside it",
-                address.addr()
-            )));
-        }
-        if address.prefix_len() != subnet.prefix_len() {
-            return Err(ApiError::usage(format_args!(
-                "the prefix length of {address} is not the subnet's: give {}/{}",
-                address.addr(),
-                subnet.prefix_len()
-            )));
-        }
-        Ok(Some(address.addr()))
-    }
-
-    /// Releases an address. Call this when nothing uses it any more. The address stays reserved if
-    /// the disk cannot be written, as it would after a restart.
-    pub(super) fn give_back(&mut self, address: IpAddr) -> Result<(), StoreError> {
-        self.store.remove_attachment(address)?;
-        self.ipam.release(address, Instant::now());
-        // While the address was in use here, it was not routed to another node that claims it.
-        let has_it = self.gossip.records().filter(|record| record.claims.contains(&address));
-        self.rerouted.extend(has_it.map(|record| record.id).filter(|id| *id != self.identity.id));
+    /// Releases an address. Call this when nothing uses it any more.
+    fn give_back(&mut self, address: IpAddr, addresses: &mut Addresses) -> Result<(), StoreError> {
+        addresses.give_back(address, Instant::now())?;
+        self.effects.push_back(Effect::Released(address));
         Ok(())
     }
+}
 
-    pub(super) async fn announce_claims(&mut self, now: Instant) {
-        self.announce_names(now);
-        self.pump(now).await;
-    }
-
-    pub(super) fn with_prefix(&self, address: IpAddr) -> IpNet {
-        IpNet::new(address, self.identity.network.subnet.prefix_len())
-            .unwrap_or_else(|_| address.into())
+/// Restores an interface that was lost although its container exists. This happens when the
+/// node's host interfaces were deleted by hand or by an interrupted reset. Returns true if the
+/// interface is back.
+async fn plug_in_again(attachment: &Attachment, datapath: &mut Datapath) -> bool {
+    let plan = if attachment.kind == Kind::Host {
+        datapath::Attachment::host(attachment.address)
+    } else {
+        let netns = NetnsRef::Path(attachment.netns.clone().into());
+        if netns.id().map(|identity| identity.inode).ok() != Some(attachment.netns_inode) {
+            return false;
+        }
+        datapath::Attachment {
+            mac: attachment.engine.as_ref().map(|engine| engine.mac),
+            ..datapath::Attachment::inside(netns, attachment.address)
+        }
+    };
+    match datapath.attach(&plan).await {
+        Ok(_) => true,
+        Err(error) => {
+            tracing::warn!("{} cannot be attached again: {error:#}", attachment.target);
+            false
+        }
     }
 }
 

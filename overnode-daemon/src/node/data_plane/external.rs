@@ -4,47 +4,43 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use overnode_ebpf::map::{FIRST_EXTERNAL_PEER, PEER_SLOTS};
-use overnode_ebpf::wire::DATA_PORT;
 
-use super::data::Wanted;
-use super::running::Node;
-use crate::api::{
-    self, AddExternalPeer, ApiError, ExternalPeerAdded, ExternalPeerRemoved, ExternalPeerStatus,
-};
+use super::{DataPlane, Wanted};
+use crate::api::{AddExternalPeer, ApiError};
 use crate::store::ExternalPeer;
 use overnode_core::handshake::Initiate;
-use overnode_types::{PeerIndex, Secret};
+use overnode_core::ipam::Ipam;
+use overnode_types::{PeerIndex, PublicKey, Secret};
 
-/// A configured WireGuard peer that is not a node.
-pub(super) type External = ExternalPeer;
+impl DataPlane {
+    /// Returns the configured WireGuard peers that are not nodes.
+    pub(in crate::node) fn externals(&self) -> impl Iterator<Item = &ExternalPeer> {
+        self.externals.values()
+    }
 
-impl Node {
-    pub(super) async fn add_external(
-        &mut self,
+    /// Returns the external peer with an index or with a key.
+    pub(in crate::node) fn external(&self, index: PeerIndex) -> Option<&ExternalPeer> {
+        self.externals.get(&index)
+    }
+
+    pub(in crate::node) fn external_with(&self, key: &PublicKey) -> Option<&ExternalPeer> {
+        self.externals.values().find(|it| it.public_key == *key)
+    }
+
+    /// Checks a request for an external peer and gives the peer an index.
+    pub(in crate::node) fn plan_external(
+        &self,
         request: AddExternalPeer,
-    ) -> Result<ExternalPeerAdded, ApiError> {
-        let now = Instant::now();
-        if request.public_key == self.public_key
-            || self.gossip.records().any(|it| it.public_key == request.public_key)
-        {
-            return Err(ApiError::refused(format_args!(
-                "{} is the key of a node of this cluster: give the key of a WireGuard peer that \
-                 is not a node",
-                request.public_key
-            )));
-        }
-        self.check_allowed(&request)?;
-        let known = self
-            .externals
-            .values()
-            .find(|it| it.public_key == request.public_key)
-            .map(|it| it.index);
+        ipam: &Ipam,
+    ) -> Result<ExternalPeer, ApiError> {
+        self.check_allowed(&request, ipam)?;
+        let known = self.external_with(&request.public_key).map(|it| it.index);
         let index = known.or_else(|| self.free_index()).ok_or_else(|| {
             ApiError::refused(
                 "there are too many WireGuard peers: remove one with `overnode peer remove`",
             )
         })?;
-        let peer = ExternalPeer {
+        Ok(ExternalPeer {
             index,
             public_key: request.public_key,
             preshared_key: request.preshared_key,
@@ -52,24 +48,11 @@ impl Node {
             allowed: request.allowed_ips,
             keepalive: request.persistent_keepalive_seconds,
             name: request.name,
-        };
-        self.store.set_external_peer(&peer).map_err(ApiError::failed)?;
-        if let Err(error) = self.configure_external(peer, now).await {
-            let _ = self.store.remove_external_peer(index);
-            self.externals.remove(&index);
-            self.remove_data_peer(index, now);
-            return Err(ApiError::failed(format_args!("the peer was not added: {error:#}")));
-        }
-        self.pump(now).await;
-        Ok(ExternalPeerAdded {
-            public_key: self.public_key,
-            port: DATA_PORT,
-            subnet: self.identity.network.subnet,
-            replaced: known.is_some(),
         })
     }
 
-    pub(super) async fn configure_external(
+    /// Adds or changes an external peer.
+    pub(in crate::node) async fn configure_external(
         &mut self,
         peer: ExternalPeer,
         now: Instant,
@@ -87,38 +70,9 @@ impl Node {
         Ok(())
     }
 
-    pub(super) fn remove_external(
-        &mut self,
-        request: &api::RemoveExternalPeer,
-    ) -> Result<ExternalPeerRemoved, ApiError> {
-        let Some(peer) =
-            self.externals.values().find(|it| it.public_key == request.public_key).cloned()
-        else {
-            return Err(ApiError::missing(format_args!(
-                "no WireGuard peer has the key {}: `overnode peer list` shows them",
-                request.public_key
-            )));
-        };
-        self.store.remove_external_peer(peer.index).map_err(ApiError::failed)?;
-        self.externals.remove(&peer.index);
-        self.remove_data_peer(peer.index, Instant::now());
-        Ok(ExternalPeerRemoved { allowed_ips: peer.allowed })
-    }
-
-    pub(super) fn externals(&self) -> Result<Vec<ExternalPeerStatus>, ApiError> {
-        let now = Instant::now();
-        Ok(self
-            .externals
-            .values()
-            .map(|peer| ExternalPeerStatus {
-                public_key: peer.public_key,
-                name: peer.name.clone(),
-                preshared_key: peer.preshared_key.is_some(),
-                allowed_ips: peer.allowed.clone(),
-                persistent_keepalive_seconds: peer.keepalive,
-                data: self.data_status(peer.index, now),
-            })
-            .collect())
+    pub(in crate::node) fn remove_external(&mut self, index: PeerIndex, now: Instant) {
+        self.externals.remove(&index);
+        self.remove_data_peer(index, now);
     }
 
     fn free_index(&self) -> Option<PeerIndex> {
@@ -129,13 +83,13 @@ impl Node {
 
     /// Checks the allowed addresses. They may be outside the subnet, in which case only this host's
     /// containers reach them, but they must not belong to another owner.
-    fn check_allowed(&self, request: &AddExternalPeer) -> Result<(), ApiError> {
+    fn check_allowed(&self, request: &AddExternalPeer, ipam: &Ipam) -> Result<(), ApiError> {
         if request.allowed_ips.is_empty() {
             return Err(ApiError::usage(
                 "a WireGuard peer needs at least one address: give --allowed-ips",
             ));
         }
-        let range = self.identity.network.range;
+        let range = self.local.identity.network.range;
         for allowed in &request.allowed_ips {
             if overlaps(allowed, &range) {
                 return Err(ApiError::refused(format_args!(
@@ -144,14 +98,14 @@ impl Node {
                 )));
             }
             if let Some((address, owner)) =
-                self.ipam.allocated().iter().find(|(address, _)| allowed.contains(*address))
+                ipam.allocated().iter().find(|(address, _)| allowed.contains(*address))
             {
                 return Err(ApiError::refused(format_args!(
                     "{allowed} contains {address}, which belongs to {owner} on this host: choose \
                      other addresses"
                 )));
             }
-            if self.ipam.layout().has_node_addresses(*allowed) {
+            if self.local.layout.has_node_addresses(*allowed) {
                 return Err(ApiError::refused(format_args!(
                     "{allowed} contains addresses that are reserved for the nodes themselves: \
                      choose other addresses"

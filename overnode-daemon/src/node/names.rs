@@ -11,34 +11,36 @@ use anyhow::Context as _;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::running::Node;
+use super::local::LocalNode;
 use crate::api::{self, ApiError, DnsAddresses, DnsEntry, DnsStatus};
-use crate::datapath::{self, KnownEndpoint, OwnNetns};
+use crate::datapath::{self, Datapath, KnownEndpoint, OwnNetns};
 use crate::dns::server::Sockets;
 use crate::dns::{self, Server, Service, Upstream};
-use crate::store::Identity;
+use crate::store::Store;
 use overnode_core::attachment::{Attachment, host_interface};
-use overnode_core::gossip::{MAX_NAMES, NAME_BYTES, Record};
+use overnode_core::gossip::{Gossip, MAX_NAMES, NAME_BYTES, Record};
+use overnode_core::ipam::Ipam;
 use overnode_core::names::{self, Directory, Zone};
-use overnode_core::path::route::Route;
 use overnode_types::NodeId;
 use overnode_types::name::{self, Domain, Named};
 
 /// How long a node must have been reachable before its names are served, so that changes of its
 /// names can arrive.
-const STEADY: Duration = Duration::from_millis(900);
+const SERVED_AFTER: Duration = Duration::from_millis(900);
 /// Maximum number of addresses in one request.
 const MAX_ADDRESSES: usize = 64;
 
 /// The names, and the DNS server if there is one.
-pub(super) struct Dns {
+pub(super) struct Names {
+    local: Arc<LocalNode>,
+    store: Arc<Store>,
     domains: Vec<Domain>,
     address: IpAddr,
     wanted: bool,
     service: Arc<Service>,
     /// Nodes that packets can reach, and since when.
     present: BTreeMap<NodeId, Instant>,
-    place: Option<Place>,
+    server: Option<NamesServer>,
     /// Why there is no server although one is wanted.
     trouble: Option<String>,
     /// Why not all names are announced to the other nodes.
@@ -46,13 +48,14 @@ pub(super) struct Dns {
 }
 
 /// The DNS server and its network namespace, which is attached at the node's address.
-struct Place {
+struct NamesServer {
     server: Server,
     netns: OwnNetns,
 }
 
-impl Dns {
-    pub(super) fn new(identity: &Identity, address: IpAddr) -> Self {
+impl Names {
+    pub(super) fn new(local: Arc<LocalNode>, store: Arc<Store>) -> Self {
+        let (identity, address) = (&local.identity, local.address());
         let chosen = identity.dns_domain.as_deref().unwrap_or(names::DEFAULT_DOMAIN);
         let mut domains: Vec<Domain> =
             [chosen, names::ALIAS].iter().filter_map(|text| Domain::new(text).ok()).collect();
@@ -65,11 +68,13 @@ impl Dns {
             domains,
             address,
             wanted: identity.dns,
+            store,
             service,
             present: BTreeMap::new(),
-            place: None,
+            server: None,
             trouble: None,
             too_many: None,
+            local,
         }
     }
 
@@ -80,10 +85,10 @@ impl Dns {
 
     /// Returns the server's endpoint, so that the data plane does not remove it as unknown.
     pub(super) fn endpoint(&self) -> Option<KnownEndpoint> {
-        self.place.as_ref().map(|place| KnownEndpoint {
+        self.server.as_ref().map(|running| KnownEndpoint {
             address: self.address,
             host_interface: host_interface(self.address),
-            netns: Some(place.netns.netns()),
+            netns: Some(running.netns.netns()),
         })
     }
 
@@ -103,51 +108,38 @@ impl Dns {
         let domain = self.domains.first().map_or(names::DEFAULT_DOMAIN, Domain::as_str);
         format!("{name}.{domain}")
     }
-}
-
-impl Node {
-    /// Loads the names that are known at the start.
-    pub(super) fn adopt_names(&mut self, now: Instant) {
-        for record in self.gossip.records() {
-            self.dns.learn(record);
-        }
-        self.announce_names(now);
-        // The own record may not be published yet, but its names are known here.
-        self.dns.learn(self.gossip.own());
-        self.tell_dns_of_paths(now);
-    }
 
     /// Starts the server unless it is running.
-    pub(super) async fn keep_dns(&mut self) {
-        let interface = host_interface(self.dns.address);
+    pub(super) async fn keep_server(&mut self, datapath: &mut Datapath) {
+        let interface = host_interface(self.address);
         let is_whole =
-            |place: &Place| place.server.is_running() && self.datapath.is_attached(&interface);
-        if !self.dns.wanted || self.dns.place.as_ref().is_some_and(is_whole) {
+            |running: &NamesServer| running.server.is_running() && datapath.is_attached(&interface);
+        if !self.wanted || self.server.as_ref().is_some_and(is_whole) {
             return;
         }
-        if self.dns.place.take().is_some() {
+        if self.server.take().is_some() {
             tracing::warn!("the DNS server or its interface was lost: creating both again");
-            if let Err(error) = self.datapath.detach(&interface).await {
+            if let Err(error) = datapath.detach(&interface).await {
                 tracing::warn!("{interface} cannot be removed: {error:#}");
             }
         }
-        match self.make_place().await {
-            Ok(place) => (self.dns.place, self.dns.trouble) = (Some(place), None),
+        match self.start_server(datapath).await {
+            Ok(running) => (self.server, self.trouble) = (Some(running), None),
             Err(error) => {
                 let problem = format!(
                     "names are not served to containers: {error:#}; retrying every minute \
                      (launch with --no-dns to do without)"
                 );
-                self.dns.trouble = Some(problem);
+                self.trouble = Some(problem);
             }
         }
     }
 
     /// Removes the server before an orderly exit. Otherwise its namespace would disappear only
     /// after the daemon and could get in the way of the next one.
-    pub(super) async fn stop_dns(&mut self) {
-        if self.dns.place.take().is_some()
-            && let Err(error) = self.datapath.detach(&host_interface(self.dns.address)).await
+    pub(super) async fn stop_server(&mut self, datapath: &mut Datapath) {
+        if self.server.take().is_some()
+            && let Err(error) = datapath.detach(&host_interface(self.address)).await
         {
             tracing::debug!(
                 "the interface of the DNS server was not removed, it disappears with the daemon: \
@@ -156,59 +148,58 @@ impl Node {
         }
     }
 
-    async fn make_place(&mut self) -> anyhow::Result<Place> {
-        let address = self.dns.address;
+    async fn start_server(&self, datapath: &mut Datapath) -> anyhow::Result<NamesServer> {
         let netns = OwnNetns::new().await?;
-        let plan = datapath::Attachment::inside(netns.netns(), address);
-        self.datapath.attach(&plan).await?;
+        let plan = datapath::Attachment::inside(netns.netns(), self.address);
+        datapath.attach(&plan).await?;
         match self.serve_in(&netns).await {
-            Ok(server) => Ok(Place { server, netns }),
+            Ok(server) => Ok(NamesServer { server, netns }),
             Err(error) => {
-                self.datapath.detach(&plan.host_interface).await?;
+                datapath.detach(&plan.host_interface).await?;
                 Err(error)
             }
         }
     }
 
     async fn serve_in(&self, netns: &OwnNetns) -> anyhow::Result<Server> {
-        let address = self.dns.address;
+        let address = self.address;
         let open = move || {
             Sockets::open(address).with_context(|| format!("port 53 of {address} cannot be opened"))
         };
         let sockets = netns.run(open).await?;
-        Ok(Server::start(self.dns.service.clone(), sockets, self.identity.network.subnet)?)
+        Ok(Server::start(self.service.clone(), sockets, self.local.identity.network.subnet)?)
     }
 
     /// Announces this node's names to the other nodes and to the local server.
-    pub(super) fn announce_names(&mut self, now: Instant) {
-        let names = match self.own_names() {
+    pub(super) fn announce(&mut self, gossip: &mut Gossip, ipam: &Ipam, now: Instant) {
+        let names = match self.own_names(ipam) {
             Ok(names) => names,
             Err(error) => {
                 return tracing::warn!("the names of this node cannot be read: {}", error.message);
             }
         };
         let (count, size) = (names.len(), bytes(&names));
-        self.dns.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
+        self.too_many = (count > MAX_NAMES || size > NAME_BYTES).then(|| {
             format!(
                 "this node has more names than it can announce ({count} of {MAX_NAMES}, {size} \
                  of {NAME_BYTES} bytes): the last ones are not served; remove some with \
                  `overnode dns-remove`"
             )
         });
-        if self.gossip.own().names == names {
+        if gossip.own().names == names {
             return;
         }
-        self.gossip.update_own(|own| own.names = names, now);
-        self.dns.learn(self.gossip.own());
+        gossip.update_own(|own| own.names = names, now);
+        self.learn(gossip.own());
     }
 
     /// Returns the names of this node's containers and the names that were added.
-    fn own_names(&self) -> Result<Vec<Named>, ApiError> {
+    fn own_names(&self, ipam: &Ipam) -> Result<Vec<Named>, ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let of_container = |it: &Attachment| {
-            let name = name::relative(it.name.as_deref()?, &self.dns.domains).ok()?;
+            let name = name::relative(it.name.as_deref()?, &self.domains).ok()?;
             // If another node keeps the address, the name would lead to a stranger.
-            if self.ipam.keeper(it.address).is_some() {
+            if ipam.keeper(it.address).is_some() {
                 return None;
             }
             Some(Named { name, address: it.address })
@@ -221,33 +212,38 @@ impl Node {
     /// Serves the names of a node while packets can reach the node and its names have been
     /// confirmed since then. A name that was removed during a partition must not reappear, not even
     /// until the news arrives.
-    pub(super) fn tell_dns_of_paths(&mut self, now: Instant) {
-        let has_way =
-            |id: &NodeId| !matches!(self.relay_routes.route(*id), Some((Route::Unreachable, _)));
-        let here = self.gossip.paths().keys().copied().filter(has_way);
-        let since = |id: &NodeId| self.dns.present.get(id).copied().unwrap_or(now);
-        let present: BTreeMap<NodeId, Instant> = here.map(|id| (id, since(&id))).collect();
-        let in_use = self
-            .streams
-            .values()
-            .filter(|it| self.dialer.connection(it.peer) == Some(it.connection));
-        let in_step: BTreeMap<NodeId, Option<Instant>> =
-            in_use.map(|it| (it.peer, it.in_step)).collect();
-        // A neighbor's news precedes its answer to a ping. The news of other nodes comes with the
-        // news of their connections.
-        let has_told = |id: &NodeId, since: Instant| {
+    ///
+    /// `reachable` are the nodes that packets can reach. `in_step` tells up to when everything that
+    /// a neighbor sent has arrived; see [`ControlPlane::in_step`](super::ControlPlane::in_step).
+    pub(super) fn set_paths(
+        &mut self,
+        reachable: impl Iterator<Item = NodeId>,
+        in_step: &BTreeMap<NodeId, Option<Instant>>,
+        now: Instant,
+    ) {
+        let since = |id: &NodeId| self.present.get(id).copied().unwrap_or(now);
+        let present: BTreeMap<NodeId, Instant> = reachable.map(|id| (id, since(&id))).collect();
+        // A neighbor's records precede its answer to a ping. The records of other nodes come with
+        // the records of their connections.
+        let is_confirmed = |id: &NodeId, since: Instant| {
             in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
         };
-        let current =
-            present.iter().filter(|(id, since)| now >= **since + STEADY && has_told(id, **since));
-        let mut reachable: BTreeSet<NodeId> = current.map(|(id, _)| *id).collect();
-        reachable.insert(self.identity.id);
-        self.dns.present = present;
-        self.dns.service.directory().zone_mut().set_reachable(reachable);
+        let served = present
+            .iter()
+            .filter(|(id, since)| now >= **since + SERVED_AFTER && is_confirmed(id, **since));
+        let mut served: BTreeSet<NodeId> = served.map(|(id, _)| *id).collect();
+        served.insert(self.local.id());
+        self.present = present;
+        self.service.directory().zone_mut().set_reachable(served);
     }
 
-    pub(super) async fn dns_add(&mut self, request: api::DnsAdd) -> Result<DnsAddresses, ApiError> {
-        let name = self.dns.relative(&request.name)?;
+    /// Adds addresses to a name. The caller announces the names afterwards.
+    pub(super) fn add(
+        &mut self,
+        request: &api::DnsAdd,
+        ipam: &Ipam,
+    ) -> Result<DnsAddresses, ApiError> {
+        let name = self.relative(&request.name)?;
         check_addresses(&request.addresses)?;
         if request.addresses.is_empty() {
             return Err(ApiError::usage("no address was given: give at least one"));
@@ -256,7 +252,7 @@ impl Node {
             self.store.names().map_err(ApiError::failed)?.into_iter().collect();
         added.extend(request.addresses.iter().map(|it| Named { name: name.clone(), address: *it }));
         let all: BTreeSet<Named> =
-            self.own_names()?.into_iter().chain(added.iter().cloned()).collect();
+            self.own_names(ipam)?.into_iter().chain(added.iter().cloned()).collect();
         if all.len() > MAX_NAMES || bytes(&all) > NAME_BYTES {
             return Err(ApiError::refused(format_args!(
                 "{name} was not added: a node can have at most {MAX_NAMES} names, {} KiB in \
@@ -264,14 +260,13 @@ impl Node {
                 NAME_BYTES >> 10
             )));
         }
-        self.change_names(name, added.into_iter().collect()).await
+        self.save(&name, added.into_iter().collect())
     }
 
-    pub(super) async fn dns_remove(
-        &mut self,
-        request: api::DnsRemove,
-    ) -> Result<DnsAddresses, ApiError> {
-        let name = self.dns.relative(&request.name)?;
+    /// Removes addresses from a name, all if none is given. The caller announces the names
+    /// afterwards.
+    pub(super) fn remove(&mut self, request: &api::DnsRemove) -> Result<DnsAddresses, ApiError> {
+        let name = self.relative(&request.name)?;
         let mut added = self.store.names().map_err(ApiError::failed)?;
         let is_there =
             |address: &IpAddr| added.iter().any(|it| it.name == name && it.address == *address);
@@ -292,30 +287,20 @@ impl Node {
                  `overnode status --dns` lists all names and their nodes"
             )));
         }
-        self.change_names(name, added).await
+        self.save(&name, added)
     }
 
-    async fn change_names(
-        &mut self,
-        name: String,
-        added: Vec<Named>,
-    ) -> Result<DnsAddresses, ApiError> {
-        let now = Instant::now();
+    fn save(&self, name: &str, added: Vec<Named>) -> Result<DnsAddresses, ApiError> {
         self.store.set_names(&added).map_err(ApiError::failed)?;
-        self.announce_names(now);
-        self.pump(now).await;
         let addresses =
             added.into_iter().filter(|it| it.name == name).map(|it| it.address).collect();
-        Ok(DnsAddresses { name: self.dns.full(&name), addresses })
+        Ok(DnsAddresses { name: self.full(name), addresses })
     }
 
-    pub(super) fn dns_lookup(
-        &mut self,
-        request: &api::DnsLookup,
-    ) -> Result<DnsAddresses, ApiError> {
-        let name = self.dns.relative(&request.name)?;
-        let addresses = self.dns.service.directory().zone_mut().addresses(&name);
-        let name = self.dns.full(&name);
+    pub(super) fn lookup(&mut self, request: &api::DnsLookup) -> Result<DnsAddresses, ApiError> {
+        let name = self.relative(&request.name)?;
+        let addresses = self.service.directory().zone_mut().addresses(&name);
+        let name = self.full(&name);
         if addresses.is_empty() {
             return Err(ApiError::missing(format_args!(
                 "{name} has no address: `overnode status --dns` lists all names"
@@ -324,12 +309,9 @@ impl Node {
         Ok(DnsAddresses { name, addresses })
     }
 
-    pub(super) fn dns_status(&self) -> DnsStatus {
-        let counts = self.dns.service.counts();
-        let directory = self.dns.service.directory();
-        let nickname = |id: NodeId| {
-            self.gossip.record(id).map(|record| record.nickname.clone()).unwrap_or_default()
-        };
+    pub(super) fn status(&self, nickname: impl Fn(NodeId) -> String) -> DnsStatus {
+        let counts = self.service.counts();
+        let directory = self.service.directory();
         let entries =
             directory.zone().entries().into_iter().map(|(named, node, reachable)| DnsEntry {
                 name: named.name.clone(),
@@ -338,13 +320,13 @@ impl Node {
                 nickname: nickname(node),
                 reachable,
             });
-        let mut domains = self.dns.domains.iter().map(|domain| domain.as_str().to_owned());
+        let mut domains = self.domains.iter().map(|domain| domain.as_str().to_owned());
         DnsStatus {
-            serving: self.dns.place.is_some(),
-            address: self.dns.place.is_some().then_some(self.dns.address),
+            serving: self.server.is_some(),
+            address: self.server.is_some().then_some(self.address),
             domain: domains.next(),
             aliases: domains.collect(),
-            upstream: self.dns.service.upstream().servers(),
+            upstream: self.service.upstream().servers(),
             queries: counts.queries,
             forwarded: counts.forwarded,
             failed: counts.failed,

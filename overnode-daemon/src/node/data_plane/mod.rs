@@ -1,31 +1,92 @@
-//! Manages the peers of the data plane: turns gossip into peers and routes, and the results of
-//! handshakes into sessions.
+//! What carries packets: peers and their sessions, the paths to them, and the routes of container
+//! addresses, as the maps of the eBPF programs hold them.
+//!
+//! [`DataPlane`] turns records and handshakes into peers, sessions and routes. It asks nothing of
+//! the other parts of the node: what it needs of them is an argument, and what they need to know is
+//! an [`Effect`].
 
-use std::collections::{BTreeSet, HashSet};
+pub(super) mod arrivals;
+mod external;
+pub(super) mod paths;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use overnode_ebpf::wire::{DATA_PORT, TYPE_RELAY};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 
-use super::paths::stood_for;
-use super::running::Node;
-use crate::api::EventKind;
-use crate::datapath::PeerState;
-use crate::net::udp::Received;
+use super::local::LocalNode;
+use crate::api::Path;
+use crate::datapath::{Datapath, PeerState};
+use crate::net::known::Known;
+use crate::net::udp::{Received, UdpSockets};
+use crate::store::ExternalPeer;
 use overnode_core::control::key;
 use overnode_core::gossip::Record;
-use overnode_core::handshake::{Activity, Event, InheritedSession, Initiate, PeerConfig};
-use overnode_core::routing::Conflict;
+use overnode_core::handshake::{
+    Activity, Event, Handshakes, InheritedSession, Initiate, PeerConfig, Transmit,
+};
+use overnode_core::ipam::Ipam;
+use overnode_core::path::Paths;
+use overnode_core::routing::Routing;
 use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
-/// How much longer the node with the higher ID waits before it initiates than the node with the
-/// lower ID.
-const SECOND: Duration = Duration::from_millis(1500);
-/// How long a handshake is tried at one address of a node before the next address is tried.
-const PATIENCE: Duration = Duration::from_secs(7);
+use paths::{RelayRoutes, stood_for};
+
+/// How long a handshake is tried at one address of a peer before the next address is tried.
+const TRY_NEXT_AFTER: Duration = Duration::from_secs(7);
 /// Maximum number of addresses tried per peer: those of its record and those that it was heard at.
 const MAX_CANDIDATES: usize = 32;
+
+/// The peers, their sessions and paths, and the kernel objects that carry them.
+pub(super) struct DataPlane {
+    local: Arc<LocalNode>,
+    pub(super) datapath: Datapath,
+    udp: Arc<UdpSockets>,
+    pub(super) handshakes: Handshakes,
+    peers: BTreeMap<PeerIndex, DataPeer>,
+    externals: BTreeMap<PeerIndex, ExternalPeer>,
+    pub(super) paths: Paths,
+    pub(super) relay_routes: RelayRoutes,
+    pub(super) routing: Routing,
+    /// Addresses where nodes are expected, for the receivers of traffic.
+    known: Known,
+    /// Peers that had a session when the maps were read last.
+    with_session: BTreeSet<PeerIndex>,
+    effects: VecDeque<Effect>,
+}
+
+/// A decision of the data plane that another part of the node carries out.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// Tell the cluster which neighbors have no direct path from here.
+    NoDirectPath(BTreeSet<NodeId>),
+    /// Monitors show this event of a peer.
+    Report(PeerIndex, PeerEvent),
+}
+
+/// An event of a peer.
+#[derive(Debug)]
+pub(super) enum PeerEvent {
+    /// The node is new.
+    Appeared,
+    /// Packets can be sealed for the peer from now on.
+    SessionEstablished,
+    /// There is no session any more. Contains why the last handshake failed, if one did.
+    SessionLost(Option<String>),
+    /// The direct path started or stopped working.
+    DirectPath {
+        works: bool,
+        /// The largest inner packet, in bytes.
+        mtu: u32,
+    },
+    /// Packets take another path. `None`: no path is known.
+    PathChanged(Option<Path>),
+}
 
 /// A peer as configured in the data plane.
 pub(super) struct DataPeer {
@@ -67,24 +128,79 @@ impl DataPeer {
 }
 
 /// The wanted configuration of a peer in the data plane.
-pub(super) struct Wanted {
-    pub(super) public_key: PublicKey,
-    pub(super) preshared_key: Secret,
-    pub(super) candidates: Vec<SocketAddr>,
-    pub(super) initiate: Initiate,
-    pub(super) persistent_keepalive: Option<Duration>,
+struct Wanted {
+    public_key: PublicKey,
+    preshared_key: Secret,
+    candidates: Vec<SocketAddr>,
+    initiate: Initiate,
+    persistent_keepalive: Option<Duration>,
     /// `None` for a node, whose routes are decided together with those of all other nodes.
-    pub(super) routes: Option<Vec<IpNet>>,
+    routes: Option<Vec<IpNet>>,
 }
 
-impl Node {
-    /// Takes over peers and sessions that an earlier daemon left in the maps, then configures all
-    /// peers in the store.
-    pub(super) async fn adopt(&mut self, now: Instant) -> anyhow::Result<()> {
+impl DataPlane {
+    pub(super) fn new(
+        local: Arc<LocalNode>,
+        datapath: Datapath,
+        udp: Arc<UdpSockets>,
+        handshakes: Handshakes,
+        routing: Routing,
+        known: Known,
+    ) -> Self {
+        Self {
+            local,
+            datapath,
+            udp,
+            handshakes,
+            peers: BTreeMap::new(),
+            externals: BTreeMap::new(),
+            paths: Paths::new(StdRng::from_os_rng()),
+            relay_routes: RelayRoutes::default(),
+            routing,
+            known,
+            with_session: BTreeSet::new(),
+            effects: VecDeque::new(),
+        }
+    }
+
+    /// Returns the next decision, if any.
+    pub(super) fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// Returns when [`Self::handle_timeout`] must be called.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let timeouts = [
+            self.handshakes.poll_timeout(),
+            self.paths.poll_timeout(),
+            self.routing.poll_timeout(),
+        ];
+        timeouts.into_iter().flatten().min()
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.handshakes.handle_timeout(now, SystemTime::now());
+        self.paths.handle_timeout(now);
+    }
+
+    fn report(&mut self, peer: PeerIndex, event: PeerEvent) {
+        self.effects.push_back(Effect::Report(peer, event));
+    }
+
+    /// Returns all peers.
+    pub(super) fn peers(&self) -> &BTreeMap<PeerIndex, DataPeer> {
+        &self.peers
+    }
+
+    pub(super) fn is_peer(&self, id: NodeId) -> bool {
+        self.peers.contains_key(&id.peer_index())
+    }
+
+    /// Reads the peers that an earlier daemon left in the maps. A peer with a session may have
+    /// roamed since it announced its address. The session must be known before the peer is
+    /// configured, or packets to the peer would be redirected to the announced address.
+    pub(super) fn find_pinned(&mut self, now: Instant) -> anyhow::Result<Vec<PeerState>> {
         let pinned = self.datapath.peers()?;
-        // A peer with a session may have roamed since it announced its address. The session must be
-        // known before the peer is configured, or packets to the peer would be redirected to the
-        // announced address.
         for state in &pinned {
             let peer = DataPeer {
                 public_key: state.public_key,
@@ -98,30 +214,19 @@ impl Node {
             };
             self.peers.insert(state.index, peer);
         }
-        let mut known = BTreeSet::new();
-        let records = self.gossip.records().filter(|record| record.id != self.identity.id);
-        let records: Vec<Record> = records.cloned().collect();
-        records.iter().for_each(|record| self.tell_ipam(record, now));
-        for record in records.iter().filter(|record| !record.left) {
-            self.dialer.learn(record.id, record.addresses.clone(), now);
-            known.insert(record.id.peer_index());
-            // A node that cannot be configured must not prevent the configuration of the others.
-            if let Err(error) = self.configure_peer(record, now).await {
-                tracing::warn!("node {} cannot be added to the data plane: {error:#}", record.id);
-            }
-        }
-        for external in self.store.external_peers()? {
-            let index = external.index;
-            known.insert(index);
-            if let Err(error) = self.configure_external(external, now).await {
-                tracing::warn!(
-                    "the WireGuard peer {index} cannot be added to the data plane: {error:#}"
-                );
-            }
-        }
-        self.datapath.set_own_routes(&self.own_routes())?;
+        Ok(pinned)
+    }
+
+    /// Continues the sessions of an earlier daemon, and removes the peers that are not `wanted` any
+    /// more.
+    pub(super) fn adopt_sessions(
+        &mut self,
+        pinned: Vec<PeerState>,
+        wanted: &BTreeSet<PeerIndex>,
+        now: Instant,
+    ) {
         for state in pinned {
-            if !known.contains(&state.index) {
+            if !wanted.contains(&state.index) {
                 self.remove_data_peer(state.index, now);
                 continue;
             }
@@ -145,7 +250,26 @@ impl Node {
             }
         }
         self.read_maps(now);
-        Ok(())
+    }
+
+    /// Learns a node's new record. `remote` is the address of the control connection with the node.
+    pub(super) async fn learn(&mut self, record: &Record, remote: Option<IpAddr>, now: Instant) {
+        self.relay_routes.mark_stale();
+        self.routing.learn(record);
+        if !self.is_peer(record.id) && !self.routing.is_reclaimed(record.id) {
+            self.report(record.id.peer_index(), PeerEvent::Appeared);
+        }
+        self.configure_peer(record, remote, now).await;
+    }
+
+    /// Removes a node that has left the cluster.
+    pub(super) fn unlearn(&mut self, id: NodeId, record: Option<&Record>, now: Instant) {
+        if let Some(record) = record {
+            self.routing.learn(record);
+        }
+        self.paths.remove_peer(id);
+        self.relay_routes.mark_stale();
+        self.remove_data_peer(id.peer_index(), now);
     }
 
     /// Configures a node in the data plane from its record, unless its address space was reclaimed
@@ -153,32 +277,32 @@ impl Node {
     pub(super) async fn configure_peer(
         &mut self,
         record: &Record,
+        remote: Option<IpAddr>,
         now: Instant,
-    ) -> anyhow::Result<()> {
-        if self.routing.is_reclaimed(record.id) {
-            return Ok(());
+    ) {
+        let id = record.id;
+        if self.routing.is_reclaimed(id) {
+            return;
         }
         let wanted = Wanted {
             public_key: record.public_key,
             preshared_key: key::pair_key(
-                &self.identity.cluster_key,
-                &self.public_key,
+                self.local.cluster_key(),
+                &self.local.public_key,
                 &record.public_key,
             ),
-            candidates: self.candidates(record),
-            initiate: self.initiative(record.id),
+            candidates: candidates(record, remote),
+            initiate: self.local.initiative(id),
             persistent_keepalive: None,
             routes: None,
         };
-        self.configure(record.id.peer_index(), wanted, now).await
+        // A node that cannot be configured must not keep the others from being configured.
+        if let Err(error) = self.configure(id.peer_index(), wanted, now).await {
+            tracing::warn!("node {id} cannot be added to the data plane: {error:#}");
+        }
     }
 
-    /// Decides which of two nodes initiates the handshakes between them.
-    pub(super) fn initiative(&self, other: NodeId) -> Initiate {
-        if self.identity.id < other { Initiate::AtOnce } else { Initiate::After(SECOND) }
-    }
-
-    pub(super) async fn configure(
+    async fn configure(
         &mut self,
         index: PeerIndex,
         wanted: Wanted,
@@ -189,7 +313,6 @@ impl Node {
             // A node that was reset and launched again has another key. Nothing of the old one may
             // remain.
             self.handshakes.remove_peer(index, now);
-            self.pump_handshakes(now, None).await;
             self.datapath.remove_peer(index)?;
         }
         let before = before.filter(|before| before.public_key == wanted.public_key);
@@ -233,7 +356,7 @@ impl Node {
         path.and(routes)
     }
 
-    pub(super) fn remove_data_peer(&mut self, index: PeerIndex, now: Instant) {
+    fn remove_data_peer(&mut self, index: PeerIndex, now: Instant) {
         self.handshakes.remove_peer(index, now);
         self.peers.remove(&index);
         if let Err(error) = self.datapath.remove_peer(index) {
@@ -241,7 +364,8 @@ impl Node {
         }
     }
 
-    pub(super) async fn handle_datagram(&mut self, datagram: Received, now: Instant) {
+    /// Handles a handshake message that the gate has admitted.
+    pub(super) async fn handle_datagram(&mut self, datagram: &Received, now: Instant) {
         if !self.datapath.may_receive_on(datagram.ifindex) {
             return tracing::trace!(
                 ifindex = datagram.ifindex,
@@ -265,44 +389,31 @@ impl Node {
             // to it.
             self.datapath.try_underlay(datagram.ifindex).await;
         }
-        self.pump_handshakes(now, Some((datagram.from, datagram.to))).await;
     }
 
-    /// Carries out the decisions of the handshakes. `asked` holds the source and destination
-    /// address of the datagram that is answered. The answer is sent from that destination address,
-    /// because a firewall on the path accepts no other source.
-    pub(super) async fn pump_handshakes(
-        &mut self,
-        now: Instant,
-        asked: Option<(SocketAddr, IpAddr)>,
-    ) {
-        loop {
-            while let Some(event) = self.handshakes.poll_event() {
-                if let Err(error) = self.handle_handshake(event, now).await {
-                    tracing::warn!(
-                        "a handshake event cannot be applied to the data plane: {error:#}"
-                    );
-                }
-            }
-            let Some(transmit) = self.handshakes.poll_transmit() else { return };
-            if self.send_relayed(&transmit).await {
-                continue;
-            }
-            let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
-            if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
-                tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
-            }
+    /// Sends a message of the handshakes. `asked` holds the source and destination address of the
+    /// datagram that is answered. The answer is sent from that destination address, because a
+    /// firewall on the path accepts no other source.
+    pub(super) async fn send(&self, transmit: &Transmit, asked: Option<(SocketAddr, IpAddr)>) {
+        if self.send_relayed(transmit).await {
+            return;
+        }
+        let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
+        if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
+            tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
         }
     }
 
-    async fn handle_handshake(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
+    /// Applies an event of the handshakes to the kernel's maps.
+    pub(super) async fn apply(&mut self, event: Event, now: Instant) {
+        if let Err(error) = self.try_apply(event, now).await {
+            tracing::warn!("a handshake event cannot be applied to the data plane: {error:#}");
+        }
+    }
+
+    async fn try_apply(&mut self, event: Event, now: Instant) -> anyhow::Result<()> {
         match event {
             Event::Install { peer, session } => {
-                // After a restart, a daemon ends the sessions of a peer that it does not know or
-                // whose key differs. So the peer's record must be on disk first.
-                if let Some(id) = peer.node().filter(|id| self.unsaved.contains(id)) {
-                    self.save_peers(Some(id));
-                }
                 self.datapath.install_session(peer, &session)?;
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.last_error = None;
@@ -358,13 +469,30 @@ impl Node {
             }
         }
         self.follow_sessions(now);
-        self.watch_sessions(now);
-        self.note_reachability(now);
-        self.paths_changed = true;
+        self.report_sessions(now);
+    }
+
+    /// Reports sessions that were established or lost.
+    fn report_sessions(&mut self, now: Instant) {
+        let with_session: BTreeSet<PeerIndex> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.has_session(now))
+            .map(|(index, _)| *index)
+            .collect();
+        let before = std::mem::replace(&mut self.with_session, with_session.clone());
+        for index in with_session.difference(&before) {
+            self.report(*index, PeerEvent::SessionEstablished);
+        }
+        for index in before.difference(&with_session) {
+            let last_error = self.peers.get(index).and_then(|peer| peer.last_error.as_ref());
+            let why = last_error.map(|(why, _)| why.clone());
+            self.report(*index, PeerEvent::SessionLost(why));
+        }
     }
 
     /// Tries the next address of peers that do not answer.
-    pub(super) async fn try_elsewhere(&mut self, now: Instant) {
+    pub(super) async fn try_next_addresses(&mut self, now: Instant) {
         let mut moved = Vec::new();
         for (&index, peer) in &mut self.peers {
             let is_chosen = std::mem::take(&mut peer.is_chosen);
@@ -372,7 +500,7 @@ impl Node {
                 continue;
             }
             if !is_chosen {
-                if peer.candidates.len() < 2 || now < peer.tried_since + PATIENCE {
+                if peer.candidates.len() < 2 || now < peer.tried_since + TRY_NEXT_AFTER {
                     continue;
                 }
                 peer.candidate = (peer.candidate + 1) % peer.candidates.len();
@@ -391,9 +519,8 @@ impl Node {
     }
 
     /// Publishes the addresses where nodes are expected, for the receivers of traffic.
-    pub(super) fn refresh_known(&self) {
-        let mut addresses: HashSet<IpAddr> =
-            self.streams.values().map(|stream| stream.remote.ip()).collect();
+    pub(super) fn refresh_known(&self, connected: impl Iterator<Item = IpAddr>) {
+        let mut addresses: HashSet<IpAddr> = connected.collect();
         for peer in self.peers.values() {
             addresses.extend(peer.candidates.iter().map(SocketAddr::ip));
             let endpoint = peer.state.as_ref().and_then(|state| state.endpoint);
@@ -414,61 +541,21 @@ impl Node {
         }
     }
 
-    fn note_reachability(&mut self, now: Instant) {
-        self.refresh_live_nodes();
-        let ids: Vec<_> = self.gossip.records().map(|record| record.id).collect();
-        for id in ids {
-            let reachable = id == self.identity.id || self.gossip.paths().contains_key(&id);
-            match self.reachable.get(&id) {
-                Some((known, _)) if *known == reachable => {}
-                before => {
-                    // The arrival of a node and its departure for good are reported elsewhere.
-                    if before.is_some() && self.peers.contains_key(&id.peer_index()) {
-                        self.tell(|node| {
-                            let peer = node.peer_ref(id.peer_index());
-                            if reachable {
-                                EventKind::NodeReachable { peer }
-                            } else {
-                                EventKind::NodeUnreachable { peer }
-                            }
-                        });
-                    }
-                    self.reachable.insert(id, (reachable, now));
-                }
-            }
-        }
-    }
-
-    /// Returns the addresses where a node may be, best first: the remote address of its control
-    /// connection, then its announced addresses.
-    fn candidates(&self, record: &Record) -> Vec<SocketAddr> {
-        let connected = self.stream_to(record.id).map(|stream| stream.remote.ip());
-        let mut candidates: Vec<SocketAddr> = Vec::new();
-        for ip in connected.into_iter().chain(record.addresses.iter().map(SocketAddr::ip)) {
-            let candidate = SocketAddr::new(ip, DATA_PORT);
-            if is_of_a_host(ip) && !candidates.contains(&candidate) {
-                candidates.push(candidate);
-            }
-        }
-        candidates
-    }
-
     /// Updates the inputs of the routing other than the records. None of them is urgent.
-    pub(super) fn tell_routing_of_paths(&mut self, now: Instant) {
+    pub(super) fn update_routing<'a>(
+        &mut self,
+        ipam: &Ipam,
+        reachable: impl Iterator<Item = &'a NodeId>,
+        now: Instant,
+    ) {
         // Static addresses in use here are routed here. This includes addresses that this node does
         // not announce because another node keeps them.
-        let range = self.identity.network.range;
-        let in_use: Vec<IpAddr> = self
-            .ipam
-            .allocated()
-            .keys()
-            .copied()
-            .filter(|address| !range.contains(address))
-            .collect();
-        self.routing.set_own(&self.ipam.ranges(), &in_use);
-        self.routing
-            .set_reclaimed(self.ipam.reclaimed().map(|(id, incarnation, _)| (id, incarnation)));
-        self.routing.set_reachable(self.gossip.paths().keys(), now);
+        let range = self.local.identity.network.range;
+        let in_use: Vec<IpAddr> =
+            ipam.allocated().keys().copied().filter(|address| !range.contains(address)).collect();
+        self.routing.set_own(&ipam.ranges(), &in_use);
+        self.routing.set_reclaimed(ipam.reclaimed().map(|(id, incarnation, _)| (id, incarnation)));
+        self.routing.set_reachable(reachable, now);
     }
 
     /// Applies the routes that nodes announce to the data plane, as far as the addresses belong to
@@ -497,32 +584,19 @@ impl Node {
             tracing::warn!("the routes to other nodes cannot be installed: {error:#}");
         }
     }
+}
 
-    /// Describes a conflict of addresses that two nodes announce.
-    pub(super) fn conflict(&self, conflict: &Conflict) -> String {
-        let name = |id: NodeId| match self.gossip.record(id) {
-            Some(record) => format!("node {id} ({})", record.nickname),
-            None => format!("node {id}"),
-        };
-        let (holder, claimant) = (name(conflict.holder), name(conflict.claimant));
-        let prefixes: Vec<_> = conflict.prefixes.iter().map(ToString::to_string).collect();
-        let more = match conflict.count.saturating_sub(prefixes.len()) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        format!(
-            "{claimant} announces {}{more}, which belongs to {holder} (packets still go there): \
-             on the host that should not have it, run `overnode reset` or detach the containers \
-             that use it",
-            prefixes.join(", ")
-        )
+/// Returns the addresses where a node may be, best first: the remote address of its control
+/// connection, then its announced addresses.
+fn candidates(record: &Record, remote: Option<IpAddr>) -> Vec<SocketAddr> {
+    let mut candidates: Vec<SocketAddr> = Vec::new();
+    for ip in remote.into_iter().chain(record.addresses.iter().map(SocketAddr::ip)) {
+        let candidate = SocketAddr::new(ip, DATA_PORT);
+        if is_of_a_host(ip) && !candidates.contains(&candidate) {
+            candidates.push(candidate);
+        }
     }
-
-    pub(super) fn own_routes(&self) -> Vec<IpNet> {
-        let mut routes = self.ipam.ranges();
-        routes.push(self.ipam.layout().node_address(self.identity.id).into());
-        routes
-    }
+    candidates
 }
 
 /// Whether `ip` can be the address of another host.

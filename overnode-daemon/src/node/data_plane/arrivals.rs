@@ -24,17 +24,17 @@ const LOW: usize = 64;
 const REPLIES: usize = 64;
 
 /// Datagrams queued for the node.
-pub(super) struct Arrivals {
-    pub(super) high: mpsc::Receiver<Received>,
-    pub(super) low: mpsc::Receiver<Received>,
-    pub(super) replies: mpsc::Receiver<Transmit>,
+pub(in crate::node) struct Arrivals {
+    pub(in crate::node) high: mpsc::Receiver<Received>,
+    pub(in crate::node) low: mpsc::Receiver<Received>,
+    pub(in crate::node) replies: mpsc::Receiver<Transmit>,
     counters: Arc<Mutex<Counters>>,
     _reception: Reception,
 }
 
 impl Arrivals {
     /// Starts receiving.
-    pub(super) fn start(
+    pub(in crate::node) fn start(
         sockets: &UdpSockets,
         gate: Gate,
         own: NodeId,
@@ -50,7 +50,7 @@ impl Arrivals {
     }
 
     /// Returns the counters of datagrams that were judged by the gate.
-    pub(super) fn counters(&self) -> Counters {
+    pub(in crate::node) fn counters(&self) -> Counters {
         *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
