@@ -1,4 +1,5 @@
-//! Tests that all packet paths in one direction refuse the same packets for the same reasons.
+//! Tests of the address checks: all packet paths in one direction refuse the same packets for the
+//! same reasons.
 
 use std::net::Ipv4Addr;
 
