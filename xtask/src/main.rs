@@ -122,17 +122,8 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Vm(arguments) => vm::run(&arguments),
         Command::Sim(sim) => {
-            setup::run(Purpose::Build)?;
             let mut cargo = Workspace::find()?.cargo();
-            cargo.args([
-                "bench",
-                "--locked",
-                "--package",
-                "overnode-tests",
-                "--bench",
-                "sim",
-                "--",
-            ]);
+            cargo.args(["run", "--release", "--locked", "--package", "overnode-sim", "--"]);
             step::show(cargo.args(sim.options))
         }
         Command::Fuzz(arguments) => fuzz::run(&arguments),

@@ -1,18 +1,9 @@
 //! Simulates attacks on the address allocation, as many as there is time for on each change. Also
 //! checks that the attacks find allocations that are broken on purpose.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "prints failing seeds")]
+#![allow(clippy::print_stdout, reason = "prints failing seeds")]
 
-mod chaos;
-mod check;
-mod host;
-mod liar;
-#[expect(dead_code, reason = "the program uses more of it")]
-mod run;
-mod statics;
-mod world;
-
-use world::{Sabotage, Settings};
+use overnode_sim::{Sabotage, Settings, run};
 
 fn assert_passes(seed: u64, nodes: u16) {
     let (_, outcome) = run::one(Settings { seed, nodes, sabotage: Sabotage::None, verbose: false });

@@ -11,8 +11,11 @@ use crate::world::{Counts, Sabotage, Settings, World};
 /// Summed results of several runs.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
+    /// Runs that ended.
     pub seeds: u64,
+    /// Events of all runs.
     pub counts: Counts,
+    /// Failed runs in which no address was given out twice.
     pub unconverged: u64,
     /// Reasons of the failures, by seed.
     pub failures: BTreeMap<u64, String>,
@@ -42,7 +45,7 @@ impl Outcome {
     }
 }
 
-/// Runs one seed.
+/// Runs one seed. Returns the reason if the run failed.
 pub fn one(settings: Settings) -> (Counts, Result<(), String>) {
     let mut world = World::new(settings);
     let result = world.live();

@@ -20,6 +20,7 @@ pub const GRACE: Duration = Duration::from_secs(15);
 /// A deliberate error in the nodes. The simulation must find it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sabotage {
+    /// The nodes are as released.
     #[default]
     None,
     /// A crash loses the last write.
@@ -43,20 +44,28 @@ impl Sabotage {
 /// Settings of one run.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
+    /// Seed of all randomness.
     pub seed: u64,
+    /// Number of nodes, at least 4.
     pub nodes: u16,
+    /// The error in the nodes.
     pub sabotage: Sabotage,
-    /// Print what happens.
+    /// Whether to print what happens.
     pub verbose: bool,
 }
 
 /// Numbers of events in a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
+    /// Events that were handled.
     pub steps: u64,
+    /// Cuts of the network.
     pub partitions: u64,
+    /// Processes that ended without a shutdown.
     pub crashes: u64,
+    /// Nodes that left or lost their disk.
     pub resets: u64,
+    /// Reclaims that an administrator asked for.
     pub reclaims: u64,
     /// Nodes that were reclaimed while they lived, cut off from all others.
     pub reclaimed_alive: u64,
@@ -64,10 +73,15 @@ pub struct Counts {
     pub lies: u64,
     /// Observations of another node that an address was announced by the liar before its owner.
     pub lost_races: u64,
+    /// Containers that asked for an address.
     pub attaches: u64,
+    /// Addresses that were given to containers.
     pub granted: u64,
+    /// Requests for an address that failed.
     pub refused: u64,
+    /// Addresses that were given out while another node used them.
     pub duplicates: u64,
+    /// Problems that nodes reported.
     pub reports: u64,
 }
 

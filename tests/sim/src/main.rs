@@ -1,21 +1,10 @@
-//! `cargo xtask sim`: runs the real cores of many nodes in one process, under one seed and one
-//! clock. Everything else is simulated: the disks, the network with its partitions, and the
-//! administrators.
-
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
-
-mod chaos;
-mod check;
-mod host;
-mod liar;
-mod run;
-mod scale;
-mod statics;
-mod world;
+//! `cargo xtask sim`: attacks gossip and address allocation in simulated clusters, or measures
+//! them.
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use overnode_sim::{run, scale};
 
 /// Attack the address allocation.
 #[derive(Debug, Parser)]
@@ -41,9 +30,6 @@ struct Arguments {
     /// With --scale: connect every node with every other one, whatever the size.
     #[arg(long, requires = "scale")]
     full_mesh: bool,
-    /// Accepted because cargo passes it to benchmarks.
-    #[arg(long, hide = true)]
-    bench: bool,
 }
 
 fn main() -> ExitCode {
