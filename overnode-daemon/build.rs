@@ -1,14 +1,13 @@
 //! Builds the eBPF programs and passes their object file to the crate, which embeds it.
 
-#[path = "../xtask/src/toolchain.rs"]
-mod toolchain;
-
 use std::path::{Path, PathBuf};
+
+use overnode_toolchain::{Compiler, bpf_linker};
 
 fn main() {
     let workspace =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in a workspace");
-    for watched in ["overnode-ebpf", "Cargo.lock", "xtask/src/toolchain.rs"] {
+    for watched in ["overnode-ebpf", "Cargo.lock"] {
         println!("cargo:rerun-if-changed={}", workspace.join(watched).display());
     }
     let object =
@@ -18,10 +17,9 @@ fn main() {
 
 fn build(workspace: &Path) -> Result<PathBuf, String> {
     let set_up = "run `cargo xtask build`, which installs what is missing";
-    let compiler = toolchain::Compiler::find()
+    let compiler = Compiler::find()
         .ok_or_else(|| format!("no compiler with the source of its library was found; {set_up}"))?;
-    let linker =
-        toolchain::bpf_linker().ok_or_else(|| format!("bpf-linker was not found; {set_up}"))?;
+    let linker = bpf_linker().ok_or_else(|| format!("bpf-linker was not found; {set_up}"))?;
     // One directory for every profile and for clippy, because building `core` takes half a minute.
     let target = target_directory()?.join("ebpf");
     let flags = [

@@ -12,8 +12,6 @@ mod policy;
 mod setup;
 mod step;
 mod test;
-#[expect(dead_code, reason = "the build of the programs uses more of it")]
-mod toolchain;
 mod vm;
 mod workspace;
 

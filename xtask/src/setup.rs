@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use overnode_toolchain::{Compiler, bpf_linker, cargo_programs};
 
 use crate::step::{Step, show};
-use crate::toolchain::{self, Compiler};
 use crate::workspace::Workspace;
 
 /// The version of bpf-linker to install if there is none.
@@ -93,7 +93,7 @@ pub fn run(purpose: Purpose) -> Result<()> {
          (rustc-web 1.96). Check that apt uses the sources of bookworm-security, or use rustup \
          instead:\n    rustup toolchain install nightly --component rust-src",
     )?;
-    if toolchain::bpf_linker().is_none() {
+    if bpf_linker().is_none() {
         install_linker(&machine, &compiler)?;
     }
     if purpose >= Purpose::Lab {
@@ -298,7 +298,7 @@ fn mount_bpffs() -> Result<()> {
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
-        .chain(toolchain::cargo_programs())
+        .chain(cargo_programs())
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())

@@ -1,5 +1,5 @@
-//! Finds a compiler for the eBPF target. This file has no dependencies because
-//! `overnode-daemon/build.rs` includes it as well.
+//! Finds the compiler and the linker for the eBPF programs, for `cargo xtask`, which installs them,
+//! and for the daemon's build script, which runs them.
 //!
 //! Two setups are supported. rustup with `nightly` and `rust-src` is preferred. Without it,
 //! Debian's `rustc-web`, `cargo-web` and `rust-web-src` packages provide a compiler with its own
