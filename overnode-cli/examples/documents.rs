@@ -14,13 +14,8 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_mangen::Man;
-
-#[expect(dead_code, reason = "only usage errors are needed")]
-#[path = "../src/failure.rs"]
-mod failure;
-#[expect(dead_code, reason = "only the definition is used")]
-#[path = "../src/options.rs"]
-mod options;
+use overnode_cli::options::Cli;
+use overnode_daemon::options::Options;
 
 /// The FILES section of a man page: what the command reads and writes.
 const FILES: &str = "\
@@ -55,14 +50,14 @@ fn main() -> ExitCode {
 
 fn write(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
-    let mut command = options::Cli::command();
+    let mut command = Cli::command();
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut command, "overnode", folder)?;
     }
-    let mut command = options::Cli::command().disable_help_subcommand(true);
+    let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
     pages(folder, &command)?;
-    let mut daemon = overnode_daemon::options::Options::command();
+    let mut daemon = Options::command();
     daemon.build();
     page(folder, &daemon, "8", "overnode(1), systemctl(1)")
 }

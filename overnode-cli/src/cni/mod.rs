@@ -4,10 +4,10 @@
 //! [`config`] parses the request and decides nothing else. This module carries out the request with
 //! the daemon. [`result`] formats the answers.
 
-mod config;
-mod error;
+pub mod config;
+pub mod error;
 mod inside;
-mod result;
+pub mod result;
 #[cfg(test)]
 mod tests;
 

@@ -1,21 +1,11 @@
 //! Fuzzes the CNI plugin's input: what a container runtime passes in the environment and on
 //! standard input.
 
-#[path = "../../../overnode-cli/src/cni/config.rs"]
-#[allow(dead_code, unreachable_pub, reason = "it is the command's")]
-mod config;
-#[path = "../../../overnode-cli/src/cni/error.rs"]
-#[allow(dead_code, unreachable_pub, reason = "it is the command's")]
-mod error;
-#[path = "../../../overnode-cli/src/cni/result.rs"]
-#[allow(dead_code, unreachable_pub, reason = "it is the command's")]
-mod result;
-
-use overnode_daemon::api::{Attached, Target, check_name};
+use overnode_api::{Attached, Target, check_name};
+use overnode_cli::cni::config::{self, Command, Task};
+use overnode_cli::cni::error::CniError;
+use overnode_cli::cni::result;
 use overnode_types::text::is_harmless;
-
-use config::{Command, Task};
-use error::CniError;
 
 use super::input::Input;
 
