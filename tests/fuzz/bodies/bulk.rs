@@ -1,14 +1,10 @@
 //! Fuzzes packets of the bulk path: packets from a TAP device are segmented, and packets from peers
-//! are coalesced. The model is that of the daemon's own tests.
+//! are coalesced. The model is that of `tests/bulk`.
 
+use overnode_bulk_model::{ACK, Opened, Packet, check_coalesce, check_segment};
 use overnode_daemon::bulk::VnetHeader;
 
-use self::model::{ACK, Opened, Packet, check_coalesce, check_segment};
 use super::input::{Input, MAX_STEPS};
-
-#[allow(dead_code, reason = "its tests use more of it")]
-#[path = "../../../overnode-daemon/tests/bulk/model.rs"]
-mod model;
 
 /// Runs one input. The first byte selects the type of the rest.
 pub fn run(data: &[u8]) {

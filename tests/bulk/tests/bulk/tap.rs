@@ -10,10 +10,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
+use overnode_bulk_model::{finish, is_right, write_all};
 use overnode_daemon::bulk::packet::{GSO_NONE, GSO_TCPV4, GSO_UDP_L4, VNET_HEADER};
 use overnode_daemon::bulk::{Coalescer, Segmentation, VnetHeader};
-
-use crate::model::{finish, is_right, write_all};
 
 const LONGEST: Duration = Duration::from_secs(20);
 /// Bytes that the test sends over TCP.

@@ -1,13 +1,11 @@
 //! Tests that the bulk path segments and coalesces packets like a model.
 
 mod coalesce;
-mod model;
 mod segment;
 mod tap;
 
+use overnode_bulk_model::{ACK, CWR, ECE, FIN, PSH, Packet};
 use proptest::prelude::*;
-
-use model::{ACK, CWR, ECE, FIN, PSH, Packet};
 
 /// Generates packets with any field values that a data segment may have.
 fn packets(most: usize) -> impl Strategy<Value = Packet> {

@@ -1,11 +1,12 @@
 //! Reimplements segmenting and coalescing in a slow and obvious way, and checks properties of both.
-//! The fuzz target `bulk` uses this model, too.
+//! The tests of this package and the fuzz target `bulk` use it.
 
 use std::collections::BTreeMap;
 
 use overnode_daemon::bulk::packet::{GSO_ECN, GSO_NONE, GSO_UDP_L4, Headers, NEEDS_CSUM};
 use overnode_daemon::bulk::{Coalescer, Segmentation, VnetHeader};
 
+// Flags of TCP (RFC 9293, and RFC 3168 for the last two).
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
 pub const RST: u8 = 4;
@@ -71,14 +72,17 @@ impl Packet {
         }
     }
 
+    /// Returns the length of the IP header in bytes.
     pub fn transport_offset(&self) -> usize {
         if self.v6 { 40 } else { 20 }
     }
 
+    /// Returns the length of the IP header and the transport header in bytes.
     pub fn headers(&self) -> usize {
         self.transport_offset() + if self.tcp { 20 + self.options.len() } else { 8 }
     }
 
+    /// Encodes the packet.
     pub fn bytes(&self) -> Vec<u8> {
         let mut transport = Vec::new();
         transport.extend(self.port.to_be_bytes());

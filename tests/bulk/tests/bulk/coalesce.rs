@@ -1,11 +1,11 @@
+use overnode_bulk_model::{
+    ACK, CWR, ECE, FIN, Opened, PSH, Packet, RST, SYN, URG, check_coalesce, coalesce, finish,
+    is_right, link, runs, split, words,
+};
 use overnode_daemon::bulk::VnetHeader;
 use overnode_daemon::bulk::coalesce::FLOWS;
 use proptest::prelude::*;
 
-use crate::model::{
-    ACK, CWR, ECE, FIN, Opened, PSH, Packet, RST, SYN, URG, check_coalesce, coalesce, finish,
-    is_right, link, runs, split,
-};
 use crate::packets;
 
 fn opened(packets: &[Packet]) -> Vec<Opened> {
@@ -139,7 +139,7 @@ fn ip_options_reserved_bits_and_fragments_are_not_coalesced() {
         for (_, packet, _) in &mut packets {
             packet[at] = byte;
             packet[10..12].fill(0);
-            let checksum = !crate::model::words(&packet[..20]);
+            let checksum = !words(&packet[..20]);
             packet[10..12].copy_from_slice(&checksum.to_be_bytes());
         }
         check_coalesce(&packets, true);

@@ -1,8 +1,10 @@
+use overnode_bulk_model::{
+    CWR, FIN, PSH, Packet, URG, check_segment, finish, is_right, words, write_all,
+};
 use overnode_daemon::bulk::packet::NEEDS_CSUM;
 use overnode_daemon::bulk::{BadPacket, Segmentation, VnetHeader};
 use proptest::prelude::*;
 
-use crate::model::{CWR, FIN, PSH, Packet, URG, check_segment, finish, is_right, words, write_all};
 use crate::packets;
 
 fn segments(packet: &Packet, size: u16) -> Vec<Vec<u8>> {
