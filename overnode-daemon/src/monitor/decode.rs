@@ -213,5 +213,4 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 #[cfg(test)]
-#[path = "decode_tests.rs"]
 mod tests;
