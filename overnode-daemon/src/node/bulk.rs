@@ -52,7 +52,7 @@ pub(super) struct BulkPath {
     /// When to restart the workers.
     restart_at: Option<Instant>,
     /// Pause before the last restart.
-    waited: Duration,
+    pause: Duration,
     peers: BTreeMap<PeerIndex, Configured>,
     reports: BTreeMap<PeerIndex, Goodput>,
     drops: BTreeMap<&'static str, u64>,
@@ -81,10 +81,10 @@ impl BulkPath {
     pub(super) fn new(local: Arc<LocalNode>, run_dir: &Path, now: Instant) -> Self {
         let identity = &local.identity;
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let most = overnode_ebpf::map::BULK_WORKER_SLOTS as usize;
+        let limit = overnode_ebpf::map::BULK_WORKER_SLOTS as usize;
         Self {
             mode: identity.bulk,
-            workers: identity.bulk_workers.map_or(cores / 2, usize::from).clamp(1, most),
+            workers: identity.bulk_workers.map_or(cores / 2, usize::from).clamp(1, limit),
             run_dir: run_dir.to_owned(),
             handshakes: Handshakes::for_bulk(identity.exchange_secret(), StdRng::from_os_rng()),
             link: None,
@@ -93,7 +93,7 @@ impl BulkPath {
             started: now,
             last_heard: now,
             restart_at: None,
-            waited: Duration::ZERO,
+            pause: Duration::ZERO,
             peers: BTreeMap::new(),
             reports: BTreeMap::new(),
             drops: BTreeMap::new(),
@@ -119,11 +119,11 @@ impl BulkPath {
     /// Returns the status of a peer's bulk path.
     pub(super) fn status(&self, peer: PeerIndex, now: Instant) -> Option<BulkStatus> {
         let Goodput { report, rates: (tx, rx), .. } = self.reports.get(&peer)?;
-        let made = self.handshakes.peer(peer).and_then(|view| view.last_handshake);
+        let last = self.handshakes.peer(peer).and_then(|view| view.last_handshake);
         Some(BulkStatus {
             in_use: report.is_served,
             cipher: report.cipher,
-            session_age_seconds: made.map(|made| now.saturating_duration_since(made).as_secs()),
+            session_age_seconds: last.map(|last| now.saturating_duration_since(last).as_secs()),
             rx_bytes: report.rx_bytes,
             tx_bytes: report.tx_bytes,
             rx_packets: report.rx_packets,
@@ -151,7 +151,7 @@ impl BulkPath {
         }
     }
 
-    fn tell(&self, message: &ToWorkers) {
+    fn send(&self, message: &ToWorkers) {
         let Some(link) = &self.link else { return };
         if let Err(error) = link.tell(message) {
             // A closed connection is noticed elsewhere. Workers that do not read would miss their
@@ -198,8 +198,8 @@ impl BulkPath {
                 return false;
             }
         };
-        let said = tokio::time::timeout(ANSWER_TIMEOUT, collect(&link)).await;
-        let Ok(Some((state, sessions))) = said else {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, collect(&link)).await;
+        let Ok(Some((state, sessions))) = answer else {
             tracing::warn!("the bulk workers of an earlier daemon do not answer: killing them");
             link.kill();
             return false;
@@ -224,9 +224,9 @@ impl BulkPath {
         }
         (self.devices, self.speeds) = (devices, speeds);
         (self.link, self.started, self.last_heard) = (Some(link), now, now);
-        self.follow_peers(data, now);
+        self.update_peers(data, now);
         let clock = Clock::now();
-        let mut strangers = BTreeSet::new();
+        let mut unknown = BTreeSet::new();
         for session in sessions {
             let FromWorkers::Session {
                 peer,
@@ -241,7 +241,7 @@ impl BulkPath {
                 continue;
             };
             if !self.peers.contains_key(&PeerIndex(peer)) {
-                strangers.insert(peer);
+                unknown.insert(peer);
                 continue;
             }
             let session = InheritedSession {
@@ -254,8 +254,8 @@ impl BulkPath {
             };
             self.handshakes.adopt(PeerIndex(peer), session, now);
         }
-        for peer in strangers {
-            self.tell(&ToWorkers::RemovePeer { peer });
+        for peer in unknown {
+            self.send(&ToWorkers::RemovePeer { peer });
         }
         self.pump(None);
         tracing::debug!("took over the bulk workers of an earlier daemon");
@@ -293,16 +293,16 @@ impl BulkPath {
         (self.link, self.devices) = (Some(link), indexes);
         (self.started, self.last_heard) = (now, now);
         self.peers.clear();
-        self.follow_peers(data, now);
+        self.update_peers(data, now);
         self.pump(None);
         Ok(())
     }
 
     fn restart_later(&mut self, now: Instant) {
-        let (first, most) = BACKOFF;
-        let lived = now.saturating_duration_since(self.started) > GOOD_LIFETIME;
-        self.waited = if lived { first } else { (self.waited * 2).clamp(first, most) };
-        self.restart_at = Some(now + self.waited);
+        let (first, longest) = BACKOFF;
+        let was_good = now.saturating_duration_since(self.started) > GOOD_LIFETIME;
+        self.pause = if was_good { first } else { (self.pause * 2).clamp(first, longest) };
+        self.restart_at = Some(now + self.pause);
     }
 
     /// Handles the end of the workers and schedules their restart. Until then, the eBPF programs
@@ -394,7 +394,7 @@ impl BulkPath {
 
     /// Passes the peers and their endpoints to the handshakes and the workers. Call this about once
     /// a second.
-    pub(super) fn follow_peers(&mut self, data: &DataPlane, now: Instant) {
+    pub(super) fn update_peers(&mut self, data: &DataPlane, now: Instant) {
         let Some(link) = &self.link else { return };
         if now > self.last_heard + HEARTBEAT_TIMEOUT {
             tracing::warn!("the bulk workers are silent: restarting them");
@@ -428,7 +428,7 @@ impl BulkPath {
             self.peers.remove(&index);
             self.reports.remove(&index);
             self.handshakes.remove_peer(index, now);
-            self.tell(&ToWorkers::RemovePeer { peer: index.0 });
+            self.send(&ToWorkers::RemovePeer { peer: index.0 });
         }
         for (id, peer) in wanted {
             let index = id.peer_index();
@@ -437,7 +437,7 @@ impl BulkPath {
             }
             self.peers.insert(index, peer);
             let Configured { public_key, endpoint, rtt_ms } = peer;
-            self.tell(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
+            self.send(&ToWorkers::Peer { peer: index.0, endpoint, rtt_ms });
             let config = PeerConfig {
                 public_key,
                 preshared_key: key::bulk_pair_key(
@@ -454,19 +454,19 @@ impl BulkPath {
     }
 
     /// Carries out the decisions of the bulk path's handshakes.
-    fn pump(&mut self, asked: Option<(SocketAddr, IpAddr)>) {
+    fn pump(&mut self, answering: Option<(SocketAddr, IpAddr)>) {
         let clock = Clock::now();
         while let Some(event) = self.handshakes.poll_event() {
             match event {
-                Event::Install { peer, session } => self.tell(&install(peer, &session, clock)),
+                Event::Install { peer, session } => self.send(&install(peer, &session, clock)),
                 Event::Withdraw { local_index, .. } => {
-                    self.tell(&ToWorkers::Withdraw { local_index })
+                    self.send(&ToWorkers::Withdraw { local_index })
                 }
-                Event::SendKeepalive { peer } => self.tell(&ToWorkers::Keepalive { peer: peer.0 }),
+                Event::SendKeepalive { peer } => self.send(&ToWorkers::Keepalive { peer: peer.0 }),
                 // From then on, workers follow the source of each message that they authenticate.
                 Event::EndpointChanged { peer, endpoint } => {
                     let rtt_ms = self.peers.get(&peer).and_then(|peer| peer.rtt_ms);
-                    self.tell(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
+                    self.send(&ToWorkers::Peer { peer: peer.0, endpoint: Some(endpoint), rtt_ms });
                 }
                 Event::Failed { peer, why } => {
                     tracing::debug!("no bulk session with peer {peer}: {why}")
@@ -474,8 +474,9 @@ impl BulkPath {
             }
         }
         while let Some(transmit) = self.handshakes.poll_transmit() {
-            let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
-            self.tell(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
+            let from =
+                answering.filter(|(sender, _)| *sender == transmit.to).map(|(_, address)| address);
+            self.send(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
         }
     }
 
@@ -497,7 +498,7 @@ async fn collect(link: &WorkersConnection) -> Option<(FromWorkers, Vec<FromWorke
     loop {
         match link.next().await.ok()?? {
             FromWorkers::Ready => return Some((state, sessions)),
-            said @ FromWorkers::Session { .. } => sessions.push(said),
+            session @ FromWorkers::Session { .. } => sessions.push(session),
             _ => {}
         }
     }

@@ -21,7 +21,7 @@ use crate::failpoint;
 use crate::store::{Store, StoreError};
 use overnode_core::attachment::{self, Attachment, Kind};
 
-use docker::{DockerSide, is_plugged};
+use docker::{DockerSide, has_interface};
 
 /// The attachments of this host, and the Docker engine that is served, if any.
 pub(super) struct Containers {
@@ -150,7 +150,7 @@ impl Containers {
 
     /// Removes the stale attachment of a container, for CNI requests only. A runtime whose host was
     /// switched off requests the attachment again without having deleted the previous one.
-    pub(super) async fn displace(
+    pub(super) async fn remove_stale(
         &mut self,
         request: &api::Attach,
         datapath: &mut Datapath,
@@ -248,8 +248,8 @@ impl Containers {
             inside.clone_from(interface);
             plan.mac = cni.mac;
         }
-        let mut plugged = datapath.attach(&plan).await;
-        if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &plugged)
+        let mut attached_interface = datapath.attach(&plan).await;
+        if let (Some(_), Some(netns), Ok(_)) = (&cni, &netns, &attached_interface)
             && let Err(why) = datapath.guard(netns).await
         {
             // Another plugin may give the container another gateway. Packets for containers must
@@ -257,11 +257,11 @@ impl Containers {
             if let Err(left) = datapath.detach(&plan.host_interface).await {
                 tracing::warn!("{} cannot be removed yet: {left:#}", plan.host_interface);
             }
-            plugged = Err(
+            attached_interface = Err(
                 why.context("the rules that keep its packets off other gateways cannot be set")
             );
         }
-        let attached = match plugged {
+        let attached = match attached_interface {
             Ok(attached) => attached,
             Err(error) => {
                 if let Err(left) = self.give_back(address, addresses) {
@@ -375,7 +375,7 @@ impl Containers {
         let attachments = self.store.attachments()?;
         let mut known: Vec<KnownEndpoint> = attachments
             .iter()
-            .filter(|it| is_plugged(it))
+            .filter(|it| has_interface(it))
             .map(|it| KnownEndpoint {
                 address: it.address,
                 host_interface: it.host_interface.clone(),
@@ -391,7 +391,7 @@ impl Containers {
             };
             // A runtime's plugin deletes an interface itself while no daemon runs.
             let may_return = lost.netns_exists && attachment.kind != Kind::Cni;
-            if may_return && plug_in_again(attachment, datapath).await {
+            if may_return && attach_again(attachment, datapath).await {
                 continue;
             }
             if matches!(attachment.kind, Kind::Docker | Kind::Host) {
@@ -424,7 +424,7 @@ impl Containers {
 /// Restores an interface that was lost although its container exists. This happens when the
 /// node's host interfaces were deleted by hand or by an interrupted reset. Returns true if the
 /// interface is back.
-async fn plug_in_again(attachment: &Attachment, datapath: &mut Datapath) -> bool {
+async fn attach_again(attachment: &Attachment, datapath: &mut Datapath) -> bool {
     let plan = if attachment.kind == Kind::Host {
         datapath::Attachment::host(attachment.address)
     } else {

@@ -347,12 +347,12 @@ impl ControlPlane {
             let Some(id) = self.unprocessed_records.pop_first() else { break };
             self.learn(id, now);
         }
-        self.keep_incarnation();
+        self.check_incarnation();
     }
 
     /// Notices that gossip had to raise the node's incarnation. The next start must use a later
     /// one.
-    fn keep_incarnation(&mut self) {
+    fn check_incarnation(&mut self) {
         let incarnation = self.gossip.own().incarnation;
         if incarnation > self.incarnation {
             self.incarnation = incarnation;

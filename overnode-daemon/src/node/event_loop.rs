@@ -153,9 +153,9 @@ impl Node {
             self.inputs.next_tick = now + TICK;
             self.control.gossip.set_clock(unix_milliseconds(), now);
             self.read_maps(now);
-            self.bulk.follow_peers(&self.data, now);
+            self.bulk.update_peers(&self.data, now);
             self.watch_drops();
-            self.containers.settle_sandboxes(&self.data.datapath, now).await;
+            self.containers.guard_sandboxes(&self.data.datapath, now).await;
             self.data.try_next_addresses(now).await;
             self.control.save_peers(&self.store, &self.data.routing, None);
             self.follow_problems();
@@ -206,7 +206,7 @@ impl Node {
         while let Some(effect) = self.control.poll_effect() {
             match effect {
                 Effect::Dial(attempt, target) => self.inputs.mesh.dial(attempt, target),
-                Effect::Connected(id, ip) => self.data.heard_at(id.peer_index(), ip, now),
+                Effect::Connected(id, ip) => self.data.try_address(id.peer_index(), ip, now),
                 Effect::Disconnected => self.data.relay_routes.mark_stale(),
                 Effect::Learned(record) => {
                     self.addresses.learn(&record, now);
@@ -301,9 +301,9 @@ impl Node {
         }
     }
 
-    /// Carries out the decisions of the handshakes. `asked` holds the source and destination
+    /// Carries out the decisions of the handshakes. `answering` holds the source and destination
     /// address of the datagram that is answered.
-    async fn pump_handshakes(&mut self, now: Instant, asked: Option<(SocketAddr, IpAddr)>) {
+    async fn pump_handshakes(&mut self, now: Instant, answering: Option<(SocketAddr, IpAddr)>) {
         loop {
             while let Some(event) = self.data.handshakes.poll_event() {
                 // After a restart, a daemon ends the sessions of a peer that it does not know or
@@ -316,7 +316,7 @@ impl Node {
                 self.data.apply(event, now).await;
             }
             let Some(transmit) = self.data.handshakes.poll_transmit() else { return };
-            self.data.send(&transmit, asked).await;
+            self.data.send(&transmit, answering).await;
         }
     }
 
@@ -388,7 +388,7 @@ impl Node {
     fn follow_problems(&mut self) {
         let now = Instant::now();
         let unreclaimed = self.view().unreclaimed();
-        self.problems.keep_unreclaimed(&unreclaimed);
+        self.problems.retain_unreclaimed(&unreclaimed);
         let present = self.view().all_problems(now);
         let (new, resolved) = self.problems.update(present);
         for problem in new {
@@ -403,7 +403,7 @@ impl Node {
     /// containers that end at the same time cause one cleanup.
     async fn handle_interfaces(&mut self, event: LinkEvent, now: Instant) {
         // An engine may have moved an interface into its container.
-        self.containers.settle_sandboxes(&self.data.datapath, now).await;
+        self.containers.guard_sandboxes(&self.data.datapath, now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
         while let Some(event) = next {
@@ -425,7 +425,7 @@ impl Node {
     pub(super) async fn reconcile(&mut self, now: Instant) -> anyhow::Result<()> {
         let Self { containers, data, addresses, names, .. } = self;
         containers.reconcile(names.endpoint(), &mut data.datapath, addresses).await?;
-        names.keep_server(&mut data.datapath).await;
+        names.ensure_server(&mut data.datapath).await;
         self.pump(now).await;
         Ok(())
     }

@@ -40,14 +40,14 @@ struct Tally {
     /// Number of packets shown since then.
     shown: u64,
     /// Number of packets reported as not shown since then.
-    told: u64,
+    reported: u64,
 }
 
 impl Tally {
     /// Returns how many further packets are not shown, given the value of the counter.
     fn not_shown(&mut self, counter: u64) -> u64 {
-        let more = counter.saturating_sub(self.before).saturating_sub(self.shown + self.told);
-        self.told += more;
+        let more = counter.saturating_sub(self.before).saturating_sub(self.shown + self.reported);
+        self.reported += more;
         more
     }
 }
@@ -226,11 +226,13 @@ impl View<'_> {
     /// address.
     fn peer_at(&self, address: IpAddr, port: Option<u16>) -> Option<PeerIndex> {
         let at = |peer: &DataPeer| {
-            let place = peer.state.as_ref()?.endpoint.or_else(|| peer.endpoint())?;
-            (place.ip() == address).then_some(Some(place.port()) == port)
+            let endpoint = peer.state.as_ref()?.endpoint.or_else(|| peer.endpoint())?;
+            (endpoint.ip() == address).then_some(Some(endpoint.port()) == port)
         };
-        let here = self.data.peers().iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
-        here.max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index)))
+        let candidates =
+            self.data.peers().iter().filter_map(|(index, peer)| Some((at(peer)?, *index)));
+        candidates
+            .max_by_key(|(same_port, index)| (*same_port, std::cmp::Reverse(*index)))
             .map(|(_, index)| index)
     }
 }

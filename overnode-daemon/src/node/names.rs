@@ -42,7 +42,7 @@ pub(super) struct Names {
     present: BTreeMap<NodeId, Instant>,
     server: Option<NamesServer>,
     /// Why there is no server although one is wanted.
-    trouble: Option<String>,
+    problem: Option<String>,
     /// Why not all names are announced to the other nodes.
     too_many: Option<String>,
 }
@@ -72,7 +72,7 @@ impl Names {
             service,
             present: BTreeMap::new(),
             server: None,
-            trouble: None,
+            problem: None,
             too_many: None,
             local,
         }
@@ -94,7 +94,7 @@ impl Names {
 
     /// Returns the current problems.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
-        self.trouble.iter().chain(&self.too_many)
+        self.problem.iter().chain(&self.too_many)
     }
 
     fn relative(&self, text: &str) -> Result<String, ApiError> {
@@ -110,7 +110,7 @@ impl Names {
     }
 
     /// Starts the server unless it is running.
-    pub(super) async fn keep_server(&mut self, datapath: &mut Datapath) {
+    pub(super) async fn ensure_server(&mut self, datapath: &mut Datapath) {
         let interface = host_interface(self.address);
         let is_whole =
             |running: &NamesServer| running.server.is_running() && datapath.is_attached(&interface);
@@ -124,13 +124,13 @@ impl Names {
             }
         }
         match self.start_server(datapath).await {
-            Ok(running) => (self.server, self.trouble) = (Some(running), None),
+            Ok(running) => (self.server, self.problem) = (Some(running), None),
             Err(error) => {
                 let problem = format!(
                     "names are not served to containers: {error:#}; retrying every minute \
                      (launch with --no-dns to do without)"
                 );
-                self.trouble = Some(problem);
+                self.problem = Some(problem);
             }
         }
     }

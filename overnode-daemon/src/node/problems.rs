@@ -52,7 +52,7 @@ impl Problems {
     }
 
     /// Forgets failed reclaims of nodes that have nothing to reclaim any more.
-    pub(super) fn keep_unreclaimed(&mut self, nodes: &BTreeSet<NodeId>) {
+    pub(super) fn retain_unreclaimed(&mut self, nodes: &BTreeSet<NodeId>) {
         self.unreclaimed.retain(|id, _| nodes.contains(id));
     }
 

@@ -98,8 +98,7 @@ impl Daemon {
                 }
                 Outcome::NetworkRemoved(removed) => {
                     let Some((reset, answer)) = self.waiting.removing.take() else { continue };
-                    if let Some((reply, answer)) =
-                        self.go_on_with_reset(reset, answer, removed).await
+                    if let Some((reply, answer)) = self.continue_reset(reset, answer, removed).await
                     {
                         let _ = answer.send(reply);
                     }
@@ -182,11 +181,11 @@ impl Daemon {
             self.waiting.removing = Some((reset, answer));
             return None;
         }
-        self.go_on_with_reset(reset, answer, Ok(())).await
+        self.continue_reset(reset, answer, Ok(())).await
     }
 
     /// Continues a reset after the engine was asked to remove the default network.
-    async fn go_on_with_reset(
+    async fn continue_reset(
         &mut self,
         reset: api::Reset,
         answer: Answer,
@@ -329,7 +328,7 @@ impl Node {
         if let Some(exposed) = containers.exposed(attach, &data.datapath)? {
             return Ok(Requested::Exposed(exposed));
         }
-        containers.displace(attach, &mut data.datapath, addresses).await?;
+        containers.remove_stale(attach, &mut data.datapath, addresses).await?;
         containers.check_attach(attach)?;
         let fixed = addresses.wanted_address(attach)?;
         let request = addresses.request(fixed, &attach.target.to_string(), now);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::Daemon;
-use super::containers::docker::is_plugged;
+use super::containers::docker::has_interface;
 use crate::api::{self, ApiError, WasReset};
 use crate::bulk;
 use crate::datapath::Datapath;
@@ -102,7 +102,7 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
 fn refuse_attached(store: &Store) -> Result<(), String> {
     let mut attached = store.attachments().map_err(|error| error.to_string())?;
     // Stopped containers of an engine are not affected by the loss of the network.
-    attached.retain(is_plugged);
+    attached.retain(has_interface);
     if attached.is_empty() {
         return Ok(());
     }

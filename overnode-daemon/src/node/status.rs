@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
 
-use super::containers::docker::is_plugged;
+use super::containers::docker::has_interface;
 use super::containers::target_of;
 use super::control_plane::targets;
 use super::data_plane::paths::path_of;
@@ -244,7 +244,7 @@ impl View<'_> {
                 fixed: it.is_static,
                 interface: it.host_interface.clone(),
                 attached_unix_seconds: Some(it.since),
-                state: if !is_plugged(it) {
+                state: if !has_interface(it) {
                     EndpointState::Reserved
                 } else if self.data.datapath.is_attached(&it.host_interface) {
                     EndpointState::Attached

@@ -35,7 +35,7 @@ pub(in crate::node) struct DockerSide {
     /// Requests that wait for an address.
     waiting: BTreeMap<RequestId, Waiter>,
     /// Why the plugin's socket cannot be served.
-    trouble: Option<String>,
+    problem: Option<String>,
     /// Why the engine refuses to create the default network.
     refused: Option<String>,
 }
@@ -74,12 +74,12 @@ impl DockerSide {
             service.order(Order::CreateDefault(settings.subnet));
         }
         let waiting = BTreeMap::new();
-        Ok((Self { service, plan, waiting, trouble: None, refused: None }, incoming))
+        Ok((Self { service, plan, waiting, problem: None, refused: None }, incoming))
     }
 
     /// Returns the current problems that need an operator.
     pub(in crate::node) fn problems(&self) -> impl Iterator<Item = &String> {
-        self.trouble.iter().chain(&self.refused)
+        self.problem.iter().chain(&self.refused)
     }
 }
 
@@ -166,12 +166,12 @@ impl Containers {
                     Err(EngineError::Refused(why)) => Err(why),
                 }));
             }
-            Event::EngineEvent(EngineEvent::Trouble(trouble)) => {
-                if let Some(why) = &trouble {
+            Event::EngineEvent(EngineEvent::Trouble(problem)) => {
+                if let Some(why) = &problem {
                     tracing::warn!("{why}");
                 }
                 if let Some(docker) = &mut self.docker {
-                    docker.trouble = trouble;
+                    docker.problem = problem;
                 }
             }
         }
@@ -315,12 +315,12 @@ impl Containers {
             }
             Step::Plug(record, response) => {
                 let container = container_of(&record);
-                self.plug_for_docker(*record, datapath, now).await?;
+                self.attach_for_docker(*record, datapath, now).await?;
                 self.report(EventKind::Attached(container));
                 Ok(response)
             }
             Step::Unplug(record, response) => {
-                unplug(record.address, datapath).await?;
+                detach_interface(record.address, datapath).await?;
                 self.unguard(record.address, datapath).await;
                 self.report(EventKind::Detached(container_of(&record)));
                 self.keep(*record, now)?;
@@ -328,7 +328,7 @@ impl Containers {
             }
             Step::Free(freed, response) => {
                 for address in freed {
-                    unplug(address, datapath).await?;
+                    detach_interface(address, datapath).await?;
                     self.give_back(address, addresses).map_err(Refusal::new)?;
                     if let Some(docker) = &mut self.docker {
                         docker.plan.forget(address);
@@ -343,7 +343,7 @@ impl Containers {
     /// Installs the rules against other gateways in containers whose network namespaces have
     /// appeared. An engine joins an endpoint before it creates the namespace. An engine in another
     /// mount namespace has namespaces at paths that do not exist here.
-    pub(in crate::node) async fn settle_sandboxes(&mut self, datapath: &Datapath, now: Instant) {
+    pub(in crate::node) async fn guard_sandboxes(&mut self, datapath: &Datapath, now: Instant) {
         let Some(docker) = &self.docker else { return };
         let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
         for mut record in unsettled {
@@ -386,13 +386,13 @@ impl Containers {
 
     /// Creates the interface, replacing an existing one. The engine may repeat the request if it
     /// missed the answer.
-    async fn plug_for_docker(
+    async fn attach_for_docker(
         &mut self,
         record: Attachment,
         datapath: &mut Datapath,
         now: Instant,
     ) -> Result<(), Refusal> {
-        unplug(record.address, datapath).await?;
+        detach_interface(record.address, datapath).await?;
         let plan = datapath::Attachment {
             place: EndPlacement::Waiting,
             address: record.address,
@@ -412,15 +412,15 @@ impl Containers {
     }
 }
 
-async fn unplug(address: IpAddr, datapath: &mut Datapath) -> Result<(), Refusal> {
-    let unplugged = datapath.detach(&attachment::host_interface(address)).await;
-    unplugged.map_err(|why| {
+async fn detach_interface(address: IpAddr, datapath: &mut Datapath) -> Result<(), Refusal> {
+    let detached = datapath.detach(&attachment::host_interface(address)).await;
+    detached.map_err(|why| {
         Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
     })
 }
 
 /// Whether an attachment on disk should have an interface.
-pub(in crate::node) fn is_plugged(attachment: &Attachment) -> bool {
+pub(in crate::node) fn has_interface(attachment: &Attachment) -> bool {
     match attachment.kind {
         Kind::Docker => attachment.engine.as_ref().is_some_and(|engine| engine.joined),
         Kind::Netns | Kind::Cni | Kind::Host => true,

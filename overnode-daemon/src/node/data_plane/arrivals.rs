@@ -44,8 +44,8 @@ impl Arrivals {
         let (high, high_end) = mpsc::channel(HIGH);
         let (low, low_end) = mpsc::channel(LOW);
         let (replies, replies_end) = mpsc::channel(REPLIES);
-        let mut door = Door { gate, own, known, high, low, replies };
-        let _reception = sockets.receive(move |now, datagram| door.take(now, datagram))?;
+        let mut intake = Intake { gate, own, known, high, low, replies };
+        let _reception = sockets.receive(move |now, datagram| intake.handle(now, datagram))?;
         Ok(Self { high: high_end, low: low_end, replies: replies_end, counters, _reception })
     }
 
@@ -56,7 +56,7 @@ impl Arrivals {
 }
 
 /// The sending ends of the queues, used by the receiving thread.
-struct Door {
+struct Intake {
     gate: Gate,
     own: NodeId,
     known: Known,
@@ -65,12 +65,12 @@ struct Door {
     replies: mpsc::Sender<Transmit>,
 }
 
-impl Door {
+impl Intake {
     /// Judges a datagram and queues it if it is admitted. Returns a reply to send back at once, if
     /// any.
-    fn take(&mut self, now: Instant, datagram: &Received<&[u8]>) -> Option<Vec<u8>> {
+    fn handle(&mut self, now: Instant, datagram: &Received<&[u8]>) -> Option<Vec<u8>> {
         if datagram.bytes.first() == Some(&TYPE_RELAY) {
-            self.take_relayed(now, datagram);
+            self.handle_relayed(now, datagram);
             return None;
         }
         let is_known = || self.known.has(datagram.from.ip());
@@ -83,7 +83,7 @@ impl Door {
     }
 
     /// Judges a message with a relay header. Relays are nodes, so a relay's address must be known.
-    fn take_relayed(&mut self, now: Instant, datagram: &Received<&[u8]>) {
+    fn handle_relayed(&mut self, now: Instant, datagram: &Received<&[u8]>) {
         let relayed =
             Relay::split(datagram.bytes).filter(|(relay, _)| relay.destination == self.own.get());
         let source =
@@ -125,7 +125,7 @@ mod tests {
     const OWN: u16 = 2;
 
     struct World {
-        door: Door,
+        intake: Intake,
         high: mpsc::Receiver<Received>,
         low: mpsc::Receiver<Received>,
         replies: mpsc::Receiver<Transmit>,
@@ -153,8 +153,8 @@ mod tests {
         let (low, low_end) = mpsc::channel(2);
         let (replies, replies_end) = mpsc::channel(4);
         let gate = here.gate(StdRng::seed_from_u64(3));
-        let door = Door { gate, own: NodeId::new(OWN).unwrap(), known, high, low, replies };
-        World { door, high: high_end, low: low_end, replies: replies_end, initiation, now }
+        let intake = Intake { gate, own: NodeId::new(OWN).unwrap(), known, high, low, replies };
+        World { intake, high: high_end, low: low_end, replies: replies_end, initiation, now }
     }
 
     fn from(last: u8) -> SocketAddr {
@@ -162,13 +162,13 @@ mod tests {
     }
 
     impl World {
-        fn take(&mut self, from: SocketAddr, bytes: &[u8]) -> Option<Vec<u8>> {
+        fn handle(&mut self, from: SocketAddr, bytes: &[u8]) -> Option<Vec<u8>> {
             let to = [192, 0, 2, 77].into();
-            self.door.take(self.now, &Received { from, to, ifindex: 1, bytes })
+            self.intake.handle(self.now, &Received { from, to, ifindex: 1, bytes })
         }
 
         fn counters(&self) -> Counters {
-            *self.door.gate.counters().lock().unwrap()
+            *self.intake.gate.counters().lock().unwrap()
         }
     }
 
@@ -177,10 +177,10 @@ mod tests {
         let mut world = world();
         let initiation = world.initiation.clone();
         for last in 2..10 {
-            assert_eq!(world.take(from(last), &initiation), None);
+            assert_eq!(world.handle(from(last), &initiation), None);
         }
         assert_eq!((world.low.len(), world.high.len(), world.counters().limited), (2, 0, 6));
-        assert_eq!(world.take(from(1), &initiation), None);
+        assert_eq!(world.handle(from(1), &initiation), None);
         assert_eq!(world.high.try_recv().unwrap().bytes, initiation);
     }
 
@@ -192,13 +192,13 @@ mod tests {
             [&relay.to_bytes()[..], message].concat()
         };
         let initiation = world.initiation.clone();
-        world.take(from(2), &relayed(OWN, &initiation));
-        world.take(from(1), &relayed(OWN + 1, &initiation));
-        world.take(from(1), &[TYPE_RELAY]);
+        world.handle(from(2), &relayed(OWN, &initiation));
+        world.handle(from(1), &relayed(OWN + 1, &initiation));
+        world.handle(from(1), &[TYPE_RELAY]);
         assert_eq!((world.counters().foreign_relay, world.high.len()), (3, 0));
-        world.take(from(1), &relayed(OWN, &[0; 148]));
+        world.handle(from(1), &relayed(OWN, &[0; 148]));
         assert_eq!((world.counters().malformed, world.high.len()), (1, 0));
-        world.take(from(1), &relayed(OWN, &initiation));
+        world.handle(from(1), &relayed(OWN, &initiation));
         assert_eq!((world.high.len(), world.low.len()), (1, 0));
     }
 
@@ -207,11 +207,11 @@ mod tests {
         let mut world = world();
         let initiation = world.initiation.clone();
         for _ in 0..500 {
-            world.take(from(1), &initiation);
+            world.handle(from(1), &initiation);
         }
-        assert!(world.take(from(1), &initiation).is_some_and(|reply| reply.len() == 64));
+        assert!(world.handle(from(1), &initiation).is_some_and(|reply| reply.len() == 64));
         let relay = Relay { hops: 1, destination: OWN, source: 3, previous: 1 };
-        assert_eq!(world.take(from(1), &[&relay.to_bytes()[..], &initiation].concat()), None);
+        assert_eq!(world.handle(from(1), &[&relay.to_bytes()[..], &initiation].concat()), None);
         let reply = world.replies.try_recv().unwrap();
         assert_eq!((reply.to, reply.bytes.len()), (stand_in(NodeId::new(3).unwrap()), 64));
     }

@@ -109,13 +109,14 @@ impl DataPeer {
         self.candidates.get(self.candidate).copied()
     }
 
-    /// Makes `place` the candidate, adding it if it is not in the list.
-    fn prefer(&mut self, place: SocketAddr) {
-        self.candidate = self.candidates.iter().position(|it| *it == place).unwrap_or_else(|| {
-            self.candidates.insert(0, place);
-            self.candidates.truncate(MAX_CANDIDATES);
-            0
-        });
+    /// Makes `address` the candidate, adding it if it is not in the list.
+    fn prefer(&mut self, address: SocketAddr) {
+        self.candidate =
+            self.candidates.iter().position(|it| *it == address).unwrap_or_else(|| {
+                self.candidates.insert(0, address);
+                self.candidates.truncate(MAX_CANDIDATES);
+                0
+            });
         self.is_chosen = true;
     }
 
@@ -391,14 +392,15 @@ impl DataPlane {
         }
     }
 
-    /// Sends a message of the handshakes. `asked` holds the source and destination address of the
-    /// datagram that is answered. The answer is sent from that destination address, because a
+    /// Sends a message of the handshakes. `answering` holds the source and destination address of
+    /// the datagram that is answered. The answer is sent from that destination address, because a
     /// firewall on the path accepts no other source.
-    pub(super) async fn send(&self, transmit: &Transmit, asked: Option<(SocketAddr, IpAddr)>) {
+    pub(super) async fn send(&self, transmit: &Transmit, answering: Option<(SocketAddr, IpAddr)>) {
         if self.send_relayed(transmit).await {
             return;
         }
-        let from = asked.filter(|(asker, _)| *asker == transmit.to).map(|(_, address)| address);
+        let from =
+            answering.filter(|(sender, _)| *sender == transmit.to).map(|(_, address)| address);
         if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
             tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
         }
@@ -531,11 +533,11 @@ impl DataPlane {
 
     /// Handles a new control connection with a node at this address. If there is no session with
     /// the node, tries to establish one at this address now.
-    pub(super) fn heard_at(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
-        let place = SocketAddr::new(ip, DATA_PORT);
+    pub(super) fn try_address(&mut self, index: PeerIndex, ip: IpAddr, now: Instant) {
+        let address = SocketAddr::new(ip, DATA_PORT);
         match self.peers.get_mut(&index) {
-            Some(peer) if !peer.has_session(now) && peer.endpoint() != Some(place) => {
-                peer.prefer(place)
+            Some(peer) if !peer.has_session(now) && peer.endpoint() != Some(address) => {
+                peer.prefer(address)
             }
             Some(_) | None => self.handshakes.retry(index),
         }

@@ -38,7 +38,7 @@ pub(in crate::node) struct RelayRoutes {
     /// When each node first became a peer.
     first_seen: BTreeMap<NodeId, Instant>,
     /// For each node, the node that forwarded its last handshake message.
-    heard_through: BTreeMap<NodeId, NodeId>,
+    last_relay: BTreeMap<NodeId, NodeId>,
     /// Whether an event may have changed the routes.
     is_stale: bool,
 }
@@ -101,7 +101,7 @@ impl DataPlane {
         }
         let peers = &self.peers;
         self.relay_routes.first_seen.retain(|id, _| peers.contains_key(&id.peer_index()));
-        self.relay_routes.heard_through.retain(|id, _| peers.contains_key(&id.peer_index()));
+        self.relay_routes.last_relay.retain(|id, _| peers.contains_key(&id.peer_index()));
         // The direct path to a node may have changed, with another MTU.
         self.relay_routes.mark_stale();
     }
@@ -241,7 +241,7 @@ impl DataPlane {
         {
             return None;
         }
-        self.relay_routes.heard_through.insert(source, previous);
+        self.relay_routes.last_relay.insert(source, previous);
         Some((stand_in(source), message))
     }
 
@@ -253,17 +253,17 @@ impl DataPlane {
         let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
         let relay = node.and_then(|id| match self.relay_routes.routes.get(&id) {
             Some(Route::Via { relay, .. }) => Some(*relay),
-            _ => stood_for.and_then(|_| self.relay_routes.heard_through.get(&id).copied()),
+            _ => stood_for.and_then(|_| self.relay_routes.last_relay.get(&id).copied()),
         });
         if let (Some(node), Some(relay)) = (node, relay) {
-            let place =
+            let address =
                 self.peers.get(&relay.peer_index()).and_then(|peer| peer.state.as_ref()?.endpoint);
             let own = self.local.id().get();
             let header =
                 Relay { hops: RELAY_HOPS, destination: node.get(), source: own, previous: own };
             let datagram = [&header.to_bytes()[..], &transmit.bytes].concat();
-            if let Some(place) = place
-                && let Err(error) = self.udp.send(place, None, &datagram).await
+            if let Some(address) = address
+                && let Err(error) = self.udp.send(address, None, &datagram).await
             {
                 tracing::debug!(
                     "a handshake message to node {node} through node {relay} was not sent: {error}"
