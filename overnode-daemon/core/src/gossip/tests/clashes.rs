@@ -1,3 +1,5 @@
+use rand::seq::IteratorRandom;
+
 use super::*;
 
 /// Returns a converged chain of six nodes, into which the tests bring a second host with the ID of

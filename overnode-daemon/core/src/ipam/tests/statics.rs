@@ -1,5 +1,7 @@
 //! Tests of claims for static addresses, with messages reordered, repeated and lost.
 
+use proptest::prelude::*;
+
 use super::*;
 
 const ADDRESSES: [&str; 2] = ["10.32.0.9", "10.33.7.5"];
