@@ -53,11 +53,13 @@
 //! [`Gossip::update_own`], [`Gossip::leave`], [`Gossip::handle_timeout`]. Outputs:
 //! [`Gossip::poll_action`], [`Gossip::poll_timeout`].
 
+mod accept;
 pub mod budget;
 mod dispute;
 mod exchange;
 mod limit;
 mod message;
+mod own;
 pub mod routed;
 mod sign;
 mod topology;
@@ -76,8 +78,8 @@ use budget::Budget;
 use dispute::DisputedRecord;
 pub use dispute::{CLASH_INTERVAL, DEFEND_INTERVAL, OBJECTION};
 pub use exchange::ASK_AGAIN;
-use exchange::{STAMP_BYTES, Wanted, size};
-use limit::{Allowance, BYTES_PER_SECOND, Signatures};
+use exchange::Wanted;
+use limit::{Allowance, Signatures};
 pub use message::{
     BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP,
     Message, NAME_BYTES, Record, Stamp,
@@ -243,27 +245,6 @@ impl Gossip {
         gossip
     }
 
-    /// Restores the records that were known before a restart. Each comes with the value of
-    /// [`Self::was_reached`] for its node.
-    pub fn restore(&mut self, records: impl IntoIterator<Item = (Record, bool)>) {
-        for (record, was_reached) in records {
-            let is_good =
-                record.id != self.own && record.check().is_ok() && self.is_signed(&record);
-            if !is_good || self.has_identity_of_another(&record) || !self.budget.fits(&record, None)
-            {
-                continue;
-            }
-            if !was_reached && !self.budget.fits_stranger(&record) {
-                continue;
-            }
-            let id = record.id;
-            self.put(record);
-            if was_reached {
-                self.budget.meet(id);
-            }
-        }
-    }
-
     /// Sets the current time in milliseconds since 1970. Until this is called, the incarnation of
     /// the own record serves as the time.
     pub fn set_clock(&mut self, unix_milliseconds: u64, now: Instant) {
@@ -282,32 +263,9 @@ impl Gossip {
         self.refused_at.is_some_and(|at| now < at + FULL_INTERVAL)
     }
 
-    /// Raises the node's incarnation to at least `least`, so that other nodes treat it as
-    /// restarted.
-    pub fn raise_incarnation(&mut self, least: u64, now: Instant) {
-        if self.draft.incarnation < least && !self.draft.left && self.is_timely(least, now) {
-            self.draft.incarnation = least.min(MAX_STAMP);
-            self.draft.version = 0;
-            self.note_own_change(now);
-        }
-    }
-
     /// Shares the set of records with verified signatures with other nodes of this process.
     pub fn share_verified(&mut self, verified: Verified) {
         self.verified = Some(verified);
-    }
-
-    fn sign(&mut self) {
-        self.signer.sign(&mut self.draft);
-        if let Some(verified) = &self.verified {
-            verified.trust(&self.draft);
-        }
-    }
-
-    fn is_signed(&self, record: &Record) -> bool {
-        self.verified
-            .as_ref()
-            .map_or_else(|| sign::is_signed(record), |verified| verified.is_signed(record))
     }
 
     /// Returns the node's own record with the changes that are not published yet. Its links are the
@@ -380,43 +338,6 @@ impl Gossip {
             self.paths.take();
             self.ask_others(peer, now);
             self.note_own_change(now);
-        }
-    }
-
-    /// Changes the own record. Changes to the ID, stamp, keys, links, tombstone flag and signature
-    /// are discarded.
-    pub fn update_own(&mut self, change: impl FnOnce(&mut Record), now: Instant) {
-        let before = self.draft.clone();
-        change(&mut self.draft);
-        self.draft.fit();
-        self.draft = Record {
-            id: before.id,
-            incarnation: before.incarnation,
-            version: before.version,
-            left: before.left,
-            public_key: before.public_key,
-            links: before.links.clone(),
-            verifying_key: before.verifying_key,
-            signature: before.signature,
-            ..self.draft.clone()
-        };
-        if self.draft != before {
-            self.note_own_change(now);
-        }
-    }
-
-    /// Leaves the cluster: queues the tombstone for all neighbors and ignores all further messages.
-    pub fn leave(&mut self) {
-        self.draft = self.draft.clone().into_tombstone();
-        self.raise_version();
-        self.sign();
-        self.put(self.draft.clone());
-        self.publish_at = None;
-        self.defence = None;
-        self.flush_at = None;
-        self.paths.take();
-        for peer in std::mem::take(&mut self.neighbors) {
-            self.send(peer, Message::Delta(vec![self.draft.clone()]));
         }
     }
 
@@ -495,193 +416,8 @@ impl Gossip {
         self.actions.pop_front()
     }
 
-    fn handle_delta(
-        &mut self,
-        peer: NodeId,
-        records: Vec<Record>,
-        now: Instant,
-    ) -> Result<(), BadMessage> {
-        let records: Vec<_> = records.into_iter().map(|record| (record.stamp(), record)).collect();
-        // Verifying a signature costs more than everything else, and most received records are
-        // already known.
-        let mut news = Vec::new();
-        for (stamp, record) in records {
-            self.want_no_more(peer, record.id, stamp);
-            if !self.is_news(peer, &record, stamp) {
-                self.note_holder(peer, record.id, stamp);
-            } else if self.is_timely(record.incarnation, now) && self.may_verify(now) {
-                if !self.is_signed(&record) {
-                    return Err(BadMessage::Signature(record.id));
-                }
-                news.push(record);
-            }
-            // Comparing finds the records that are left out here.
-        }
-        for record in news {
-            if record.id == self.own {
-                self.handle_word_about_self(record, now);
-            } else if self.has_identity_of_another(&record) || !self.has_room_for(&record, now) {
-                tracing::debug!("ignored a record of node {}", record.id);
-            } else if self.is_disputed(&record) {
-                self.handle_contender(peer, record, now);
-            } else {
-                self.take(peer, record, now);
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns true if the record is newer than the known one, or if a neighbor itself contradicts
-    /// what others said about it.
-    fn is_news(&self, peer: NodeId, record: &Record, stamp: Stamp) -> bool {
-        let Some(known) = self.records.get(&record.id) else { return true };
-        let key = record.verifying_key;
-        let is_first_hand =
-            peer == record.id && self.proven.get(&peer) == Some(&key) && known.verifying_key != key;
-        is_first_hand || self.stamps[&record.id] < stamp
-    }
-
-    fn take(&mut self, peer: NodeId, record: Record, now: Instant) {
-        let id = record.id;
-        self.actions.push_back(if record.left { Action::Removed(id) } else { Action::Changed(id) });
-        self.news.insert(id, BTreeSet::from([peer]));
-        self.flush_soon(now);
-        let before = self.put(record);
-        self.resolve_dispute(id, now);
-        let lost_links = before.map(|before| before.links).unwrap_or_default();
-        // A neighbor that lost its link with `id` may have missed messages from `id`.
-        for cut in lost_links {
-            let is_lost = self.records[&id].links.binary_search(&cut).is_err();
-            // This counts against the limit for that neighbor, because links that never existed can
-            // be lost again and again.
-            if is_lost
-                && cut != peer
-                && self.neighbors.contains(&cut)
-                && self.may_pass(cut, STAMP_BYTES, now)
-            {
-                self.send(cut, Message::Summary(self.summary()));
-            }
-        }
-    }
-
-    /// Returns false for an incarnation so far in the future that the owner of the ID could not
-    /// outbid it.
-    fn is_timely(&self, incarnation: u64, now: Instant) -> bool {
-        let (then, at) = self.clock;
-        let passed =
-            u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
-        incarnation <= then.saturating_add(passed).saturating_add(SKEW_MS)
-    }
-
-    fn may_verify(&mut self, now: Instant) -> bool {
-        self.signatures.take(now)
-    }
-
-    /// Returns true if the record's identity belongs to another ID. No honest host has the identity
-    /// of another one, because each launch creates a new one.
-    fn has_identity_of_another(&self, record: &Record) -> bool {
-        self.identities.get(&record.verifying_key).is_some_and(|id| *id != record.id)
-    }
-
-    fn has_room_for(&mut self, record: &Record, now: Instant) -> bool {
-        let fits = self.budget.fits(record, self.records.get(&record.id)) && {
-            let is_stranger = self.is_stranger(record);
-            !is_stranger || self.budget.fits_stranger(record) || {
-                // Some known nodes may have become reachable, and with them the node of this
-                // record.
-                self.meet_reached();
-                !self.is_stranger(record) || self.budget.fits_stranger(record)
-            }
-        };
-        if !fits {
-            self.refused_at = Some(now);
-        }
-        fits
-    }
-
-    /// Returns true if a node was never reached and does not become reachable with this record, as
-    /// far as that can be decided without a search of all links.
-    fn is_stranger(&self, record: &Record) -> bool {
-        if self.proven.contains_key(&record.id) {
-            return false;
-        }
-        if self.records.contains_key(&record.id) {
-            return self.budget.is_stranger(record.id);
-        }
-        let links_back = |other: &NodeId| {
-            let is_known = *other == self.own || !self.budget.is_stranger(*other);
-            let links =
-                self.records.get(other).filter(|it| is_known && !it.left).map(|it| &it.links);
-            links.is_some_and(|links| links.binary_search(&record.id).is_ok())
-        };
-        !record.links.iter().any(links_back)
-    }
-
-    fn meet_reached(&mut self) {
-        if self.budget.has_strangers() {
-            let reached: Vec<_> = self.paths().keys().copied().collect();
-            reached.into_iter().for_each(|id| self.budget.meet(id));
-        }
-    }
-
-    fn put(&mut self, record: Record) -> Option<Record> {
-        let id = record.id;
-        self.stamps.insert(id, record.stamp());
-        if id != self.own {
-            if !self.records.contains_key(&id) && self.is_stranger(&record) {
-                self.budget.add_stranger(&record);
-            }
-            self.budget.note(&record, self.records.get(&id));
-        }
-        let identity = record.verifying_key;
-        let before = self.records.insert(id, record);
-        if let Some(before) = before.as_ref().filter(|before| before.verifying_key != identity) {
-            self.identities.remove(&before.verifying_key);
-        }
-        self.identities.insert(identity, id);
-        let now = &self.records[&id];
-        if before.as_ref().is_none_or(|before| before.links != now.links || before.left != now.left)
-        {
-            self.paths.take();
-        }
-        before
-    }
-
-    fn raise_version(&mut self) {
-        if self.draft.version < MAX_STAMP {
-            self.draft.version += 1;
-        } else {
-            self.draft.incarnation = self.draft.incarnation.saturating_add(1).min(MAX_STAMP);
-            self.draft.version = 1;
-        }
-    }
-
-    fn note_own_change(&mut self, now: Instant) {
-        if !self.draft.left {
-            // A record with many names is long, and the number of bytes that a neighbor accepts per
-            // second is limited.
-            let weight = Duration::from_secs(1)
-                * u32::try_from(size(&self.draft)).unwrap_or(u32::MAX)
-                / (BYTES_PER_SECOND / 2) as u32;
-            let pace = weight.max(PACE * u32::try_from(self.neighbors.len()).unwrap_or(u32::MAX));
-            let earliest = self.published.map_or(now, |last| last + pace);
-            self.publish_at.get_or_insert(earliest.max(now + COLLECT));
-        }
-    }
-
     fn flush_soon(&mut self, now: Instant) {
         self.flush_at.get_or_insert(now + COLLECT);
-    }
-
-    fn publish_own(&mut self, now: Instant) {
-        self.publish_at = None;
-        self.published = Some(now);
-        self.flush_at = Some(now);
-        self.draft.links = self.neighbors.iter().copied().collect();
-        self.raise_version();
-        self.sign();
-        self.put(self.draft.clone());
-        self.news.insert(self.own, BTreeSet::new());
     }
 
     fn jittered(&mut self, time: Duration) -> Duration {

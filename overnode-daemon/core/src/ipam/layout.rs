@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{IpamError, from_number, to_number};
+use super::IpamError;
+use super::space::{from_number, to_number};
 use overnode_types::{Network, NodeId};
 
 /// Number of node addresses: one for each possible ID, counted from 0.

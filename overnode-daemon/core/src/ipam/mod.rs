@@ -19,6 +19,8 @@
 
 mod allocate;
 mod borrow;
+mod config;
+mod consent;
 mod error;
 mod fact;
 mod layout;
@@ -26,10 +28,12 @@ mod lend;
 mod message;
 mod problems;
 mod reclaim;
+mod retry;
 mod shares;
 mod space;
 mod statics;
 mod term;
+mod tombstone;
 mod transfer;
 mod vouching;
 
@@ -38,86 +42,24 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ipnet::IpNet;
 
+pub use config::{Config, Timing};
 pub use error::IpamError;
 pub use fact::{Change, Fact, Key, Successor};
 pub use layout::{BadNetwork, Layout, quarters};
 pub use message::{
     BadMessage, LenderRole, Loan, MAX_MESSAGE, Message, Objection, Round, Title, Verdict,
 };
+pub use problems::Problem;
 pub use shares::{Share, Shares};
 pub use space::size;
 pub use statics::{MAX_CLAIMS, MAX_STATIC};
 
-use crate::control::READ_LIMIT;
-use overnode_types::{Network, NodeId};
-
-/// Startup configuration of a node's address allocation.
-#[derive(Clone, Copy, Debug)]
-pub struct Config {
-    /// The cluster's subnet and range.
-    pub network: Network,
-    /// The ID of this node.
-    pub id: NodeId,
-    /// Start counter of this node. Greater than at every earlier start, including starts before a
-    /// reset.
-    pub incarnation: u64,
-    /// Timeouts and retry intervals.
-    pub timing: Timing,
-}
-
-/// Timeouts and retry intervals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timing {
-    /// Delay before an unanswered message is sent again. It doubles with each attempt.
-    pub retry: Duration,
-    /// Longest delay between two attempts.
-    pub retry_cap: Duration,
-    /// A lender that does not answer a request for addresses within this time is skipped for twice
-    /// as long, or for 15 times as long while this node has space and no request waits.
-    pub lender: Duration,
-    /// A request for an address fails after this time.
-    pub request: Duration,
-    /// A borrowed block is handed back after it was unused for this long.
-    pub hand_back: Duration,
-    /// Quiet period before a birth owner or a claimant acts on what it knows: membership must not
-    /// have changed for this long.
-    pub settle: Duration,
-    /// Leaving fails after this time.
-    pub leave: Duration,
-    /// A node that was unreachable for this long has noticed it as well. Only then does another
-    /// node agree that it is declared gone.
-    pub grace: Duration,
-    /// A reachable node that has not answered a claim for a static address within this time does
-    /// not count.
-    pub claim: Duration,
-    /// A node that was reachable for this long without interruption knows what the others had
-    /// announced before.
-    pub heard: Duration,
-    /// How long a past event that leaves no visible state is reported.
-    pub news: Duration,
-}
-
-impl Default for Timing {
-    fn default() -> Self {
-        Self {
-            retry: Duration::from_millis(500),
-            retry_cap: Duration::from_secs(15),
-            lender: Duration::from_secs(2),
-            request: Duration::from_secs(15),
-            hand_back: Duration::from_secs(300),
-            settle: Duration::from_secs(1),
-            leave: Duration::from_secs(5),
-            grace: READ_LIMIT + Duration::from_secs(5),
-            claim: Duration::from_secs(1),
-            heard: Duration::from_secs(60),
-            news: Duration::from_secs(600),
-        }
-    }
-}
+use overnode_types::NodeId;
+use retry::{Question, Retry};
 
 /// What gossip says about another node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -175,112 +117,6 @@ pub enum Action {
     /// This node was declared gone for good and counts as a new node from now on. It must announce
     /// this incarnation to the others.
     Renewed(u64),
-}
-
-/// A problem that needs an operator. Connections between nodes stay up, and the problem does not
-/// spread.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum Problem {
-    /// An address is in use on two nodes.
-    #[error("the address {address} is in use here and on node {node}: detach one of the two")]
-    Clash {
-        /// The address.
-        address: IpAddr,
-        /// The other node.
-        node: NodeId,
-    },
-    /// A static address is in use here and on another node, and the other node keeps it.
-    #[error(
-        "{address} is in use by {owner} here and on node {node}, which keeps it: other hosts \
-         cannot reach {owner}; detach {owner} (`overnode detach {owner}`, or stop the container) \
-         and give it another address, or detach the container that has the address on node {node}"
-    )]
-    Yielded {
-        /// The address.
-        address: IpAddr,
-        /// The container that has the address here.
-        owner: String,
-        /// The node that keeps it.
-        node: NodeId,
-    },
-    /// A static address is in use here, and another node announces it without a right to it.
-    #[error(
-        "{address} is in use by {owner} here, and node {node} announces it too, although this node \
-         keeps it; detach the container that has the address on node {node}, or {owner} here \
-         (`overnode detach {owner}`, or stop the container)"
-    )]
-    Contested {
-        /// The address.
-        address: IpAddr,
-        /// The container that has the address here.
-        owner: String,
-        /// The other node.
-        node: NodeId,
-    },
-    /// A block that this node had borrowed is lost.
-    #[error(
-        "the block {block}, which this node had borrowed, now belongs to other nodes, as node \
-         {lender} reports; no more addresses are allocated from it: detach the containers with an \
-         address in it (`overnode status --endpoints`) and attach them again"
-    )]
-    Lost {
-        /// The block.
-        block: IpNet,
-        /// The lender of the quarter.
-        lender: NodeId,
-    },
-    /// Another node lends a quarter that this node used to lend.
-    #[error(
-        "node {holder} now lends the quarter of node {quarter}, and this node has stopped lending \
-         it; clashing addresses are reported one by one, and this finding lasts for ten minutes"
-    )]
-    Superseded {
-        /// The quarter.
-        quarter: NodeId,
-        /// The node that lends it now.
-        holder: NodeId,
-    },
-    /// The other nodes were told that this node is gone for good.
-    #[error(
-        "node {by} has reclaimed the address space of this node, which was declared gone for good; \
-         this node has requested it again: clashing addresses are reported one by one, and this \
-         finding lasts for ten minutes"
-    )]
-    Reclaimed {
-        /// The node that took the space back.
-        by: NodeId,
-    },
-    /// A borrower says that it holds a block that the ledger has for another node.
-    #[error(
-        "node {borrower} uses the block {block}, which was lent to another node: detach the \
-         containers with an address in it on node {borrower}"
-    )]
-    Contradiction {
-        /// The borrower.
-        borrower: NodeId,
-        /// The block.
-        block: IpNet,
-    },
-}
-
-impl Problem {
-    /// Returns true for problems that report a past event.
-    pub fn is_past(&self) -> bool {
-        matches!(self, Self::Reclaimed { .. } | Self::Superseded { .. })
-    }
-
-    /// Returns the address that the problem is about, if any.
-    pub fn address(&self) -> Option<IpAddr> {
-        match self {
-            Self::Clash { address, .. }
-            | Self::Yielded { address, .. }
-            | Self::Contested { address, .. } => Some(*address),
-            Self::Lost { .. }
-            | Self::Superseded { .. }
-            | Self::Reclaimed { .. }
-            | Self::Contradiction { .. } => None,
-        }
-    }
 }
 
 /// The address allocation of one node.
@@ -690,52 +526,5 @@ impl Ipam {
             ledger.retry = Retry::new(now);
         }
         self.reclaiming.retry_now(id, now);
-    }
-}
-
-/// A question to one node. A question that is asked again has a new round, which distinguishes its
-/// answer from late answers to the earlier question.
-#[derive(Clone, Copy, Debug)]
-struct Question {
-    round: Round,
-    retry: Retry,
-}
-
-/// The retry timer of an unanswered message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Retry {
-    at: Instant,
-    tries: u32,
-}
-
-impl Retry {
-    /// Creates a timer that is due at once.
-    fn new(now: Instant) -> Self {
-        Self { at: now, tries: 0 }
-    }
-
-    /// Returns true if the timer is due, and then rearms it with a longer delay.
-    fn take(&mut self, now: Instant, timing: &Timing) -> bool {
-        if self.at > now {
-            return false;
-        }
-        self.at = now + (timing.retry * 2_u32.pow(self.tries.min(8))).min(timing.retry_cap);
-        self.tries += 1;
-        true
-    }
-}
-
-fn to_number(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(v4) => u128::from(v4.to_bits()),
-        IpAddr::V6(v6) => v6.to_bits(),
-    }
-}
-
-/// Converts a number to an address of the same family as `like`.
-fn from_number(like: IpAddr, number: u128) -> IpAddr {
-    match like {
-        IpAddr::V4(_) => IpAddr::V4(u32::try_from(number).unwrap_or(u32::MAX).into()),
-        IpAddr::V6(_) => IpAddr::V6(number.into()),
     }
 }

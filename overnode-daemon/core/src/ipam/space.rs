@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::layout::bounds;
-use super::{from_number, to_number};
 
 /// Returns true if the two blocks have an address in common.
 pub(super) fn overlap(one: IpNet, other: IpNet) -> bool {
@@ -120,4 +119,19 @@ pub(super) fn next_free(
         None
     };
     search(start, last).or_else(|| if start == first { None } else { search(first, start - 1) })
+}
+
+pub(super) fn to_number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+/// Converts a number to an address of the same family as `like`.
+pub(super) fn from_number(like: IpAddr, number: u128) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => IpAddr::V4(u32::try_from(number).unwrap_or(u32::MAX).into()),
+        IpAddr::V6(_) => IpAddr::V6(number.into()),
+    }
 }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ipam::layout::bounds;
-use crate::ipam::space;
+use crate::ipam::space::{self, to_number};
 
 #[test]
 fn invalid_networks_are_refused_with_the_reason() {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use super::*;
+use overnode_types::Network;
 
 /// Long enough that all nodes notice a change of what is reachable, and that everything settles.
 const LONG: Duration = Duration::from_secs(20);
