@@ -138,7 +138,7 @@ fn a_finding_names_the_reclaiming_node_not_the_messenger() -> Result<()> {
         }
         eventually(TIMEOUT * 2, || {
             one.overnode(&["reclaim", "6", "--timeout", "5"])?.success()?;
-            let reclaimed = two.inspect()?["allocation"]["buried"].clone();
+            let reclaimed = two.inspect()?["allocation"]["tombstones"].clone();
             ensure!(reclaimed[0]["by"] == 1, "{reclaimed}");
             Ok(())
         })?;

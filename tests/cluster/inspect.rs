@@ -23,7 +23,7 @@ const NOT_HERE: [&str; 6] = [
     "status.endpoints[].cni",
     "status.ipam.reclaims[].",
     "status.external_peers[].data.route.",
-    "allocation.buried[].",
+    "allocation.tombstones[].",
     "allocation.lends[].loans[].",
 ];
 

@@ -108,7 +108,7 @@ impl View<'_> {
             "held": ipam.held().collect::<Vec<_>>(),
             "lost": ipam.lost().collect::<Vec<_>>(),
             "lends": lends.collect::<Vec<_>>(),
-            "buried": reclaimed.collect::<Vec<_>>(),
+            "tombstones": reclaimed.collect::<Vec<_>>(),
             "waiting": ipam.waiting(),
             "pending": ipam.pending(),
         })

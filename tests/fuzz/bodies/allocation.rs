@@ -296,6 +296,6 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 wait(1100),
             ]),
         ),
-        ("buried", lender(&[learn(2), message(2, &reclaimed), vec![5, 9, 5]])),
+        ("tombstone", lender(&[learn(2), message(2, &reclaimed), vec![5, 9, 5]])),
     ]
 }
