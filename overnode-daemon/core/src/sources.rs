@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// Maximum number of tracked sources. Further sources are refused until a sweep finds idle ones.
 /// Sweeps are at least one second apart.
-const MOST: usize = 16384;
+const MAX_SOURCES: usize = 16384;
 
 /// A leaky bucket per source, stored as the time at which the bucket will be empty.
 #[derive(Debug)]
@@ -27,9 +27,9 @@ impl Sources {
     /// Counts an arrival. Returns false if it exceeds the source's limit.
     pub fn allow(&mut self, from: IpAddr, now: Instant) -> bool {
         let source = source_of(from);
-        if !self.empty_at.contains_key(&source) && self.empty_at.len() >= MOST {
+        if !self.empty_at.contains_key(&source) && self.empty_at.len() >= MAX_SOURCES {
             self.sweep(now);
-            if self.empty_at.len() >= MOST {
+            if self.empty_at.len() >= MAX_SOURCES {
                 return false;
             }
         }
@@ -109,11 +109,11 @@ mod tests {
     fn the_table_of_sources_is_bounded_and_swept() {
         let (mut sources, now) = sources();
         let source = |i: u32| IpAddr::from(i.to_be_bytes());
-        assert!((0..MOST as u32).all(|i| sources.allow(source(i), now)));
-        assert!(!sources.allow(source(MOST as u32), now));
+        assert!((0..MAX_SOURCES as u32).all(|i| sources.allow(source(i), now)));
+        assert!(!sources.allow(source(MAX_SOURCES as u32), now));
         assert!(sources.allow(source(0), now), "tracked sources are still allowed");
         let later = now + Duration::from_secs(1);
-        assert!(sources.allow(source(MOST as u32), later));
+        assert!(sources.allow(source(MAX_SOURCES as u32), later));
         assert!(sources.empty_at.len() < 10);
     }
 

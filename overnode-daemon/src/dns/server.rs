@@ -19,15 +19,15 @@ use super::service::{Quota, Service, Step, Transport};
 /// connection.
 const MAX_QUERY: usize = 4096;
 /// Maximum number of TCP connections.
-const CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS: usize = 256;
 /// Maximum number of TCP connections of one container.
-const CONNECTIONS_OF_ONE: usize = 16;
+const MAX_CONNECTIONS_OF_ONE: usize = 16;
 /// How long a connection may be idle, and how long writing an answer may take.
-const QUIET: Duration = Duration::from_secs(10);
+const IO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of queries per connection.
-const QUERIES_OF_CONNECTION: usize = 1000;
+const MAX_QUERIES_OF_CONNECTION: usize = 1000;
 /// Pause after a socket error.
-const PAUSE: Duration = Duration::from_millis(100);
+const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sockets. They belong to the network namespace in which [`Sockets::open`] was called.
 pub struct Sockets {
@@ -102,7 +102,7 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
             Ok(received) => received,
             Err(error) => {
                 tracing::debug!("a DNS query could not be received: {error}");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(ERROR_PAUSE).await;
                 continue;
             }
         };
@@ -126,37 +126,41 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
 }
 
 async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) {
-    let quota = Quota::new(CONNECTIONS, CONNECTIONS_OF_ONE);
+    let quota = Quota::new(MAX_CONNECTIONS, MAX_CONNECTIONS_OF_ONE);
     let mut connections = JoinSet::new();
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!("a DNS connection could not be accepted: {error}");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(ERROR_PAUSE).await;
                 continue;
             }
         };
         while connections.try_join_next().is_some() {}
-        let Some(share) = quota.share(from.ip()).filter(|_| subnet.contains(&from.ip())) else {
+        let Some(permit) = quota.acquire(from.ip()).filter(|_| subnet.contains(&from.ip())) else {
             continue;
         };
         let service = service.clone();
         connections.spawn(async move {
             // The client sees the end of the connection, whatever the reason.
-            let _ = converse(&service, stream, from.ip()).await;
-            drop(share);
+            let _ = serve_connection(&service, stream, from.ip()).await;
+            drop(permit);
         });
     }
 }
 
 /// Answers the queries of a connection one after the other.
-async fn converse(service: &Service, mut stream: TcpStream, from: IpAddr) -> io::Result<()> {
+async fn serve_connection(
+    service: &Service,
+    mut stream: TcpStream,
+    from: IpAddr,
+) -> io::Result<()> {
     let mut buffer = vec![0; MAX_QUERY];
-    for _ in 0..QUERIES_OF_CONNECTION {
-        let len = usize::from(timeout(QUIET, stream.read_u16()).await??);
+    for _ in 0..MAX_QUERIES_OF_CONNECTION {
+        let len = usize::from(timeout(IO_TIMEOUT, stream.read_u16()).await??);
         let Some(query) = buffer.get_mut(..len) else { break };
-        timeout(QUIET, stream.read_exact(query)).await??;
+        timeout(IO_TIMEOUT, stream.read_exact(query)).await??;
         let answer = match service.begin(query, from, Transport::Tcp) {
             Step::Ignore => break,
             Step::Send(bytes) => bytes,
@@ -164,7 +168,7 @@ async fn converse(service: &Service, mut stream: TcpStream, from: IpAddr) -> io:
         };
         let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
         let framed = [&length.to_be_bytes()[..], &answer].concat();
-        timeout(QUIET, stream.write_all(&framed)).await??;
+        timeout(IO_TIMEOUT, stream.write_all(&framed)).await??;
     }
     Ok(())
 }

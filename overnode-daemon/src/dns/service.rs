@@ -12,14 +12,14 @@ use super::upstream::{Flags, Upstream};
 use overnode_core::names::directory::{Directory, Verdict};
 
 /// Maximum number of questions that wait for upstream resolvers.
-const PENDING: usize = 512;
+const MAX_PENDING: usize = 512;
 /// Maximum number of such questions from one container.
-const PENDING_OF_ONE: usize = 64;
+const MAX_PENDING_OF_ONE: usize = 64;
 /// Longest UDP answer, in bytes. It fits into one packet on any path.
-const UDP_BYTES: u16 = 1232;
+const MAX_UDP_BYTES: u16 = 1232;
 /// Longest UDP answer for a client that does not announce a size (RFC 1035), in bytes.
-const UDP_BYTES_UNSAID: u16 = 512;
-const HEADER: usize = 12;
+const MIN_UDP_BYTES: u16 = 512;
+const HEADER_LEN: usize = 12;
 
 /// The transport on which a query arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub enum Step {
 pub struct Pending {
     query: Message,
     transport: Transport,
-    _share: Share,
+    _permit: Permit,
 }
 
 /// Counts of queries since the daemon started.
@@ -77,7 +77,7 @@ impl Service {
         Self {
             directory: Mutex::new(directory),
             upstream,
-            pending: Quota::new(PENDING, PENDING_OF_ONE),
+            pending: Quota::new(MAX_PENDING, MAX_PENDING_OF_ONE),
             queries: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -108,7 +108,7 @@ impl Service {
 
     /// Handles a query from a container.
     pub fn begin(&self, bytes: &[u8], from: IpAddr, transport: Transport) -> Step {
-        let Some(header) = bytes.first_chunk::<HEADER>() else { return Step::Ignore };
+        let Some(header) = bytes.first_chunk::<HEADER_LEN>() else { return Step::Ignore };
         // Answering an answer could loop forever.
         if header[2] & 0x80 != 0 {
             return Step::Ignore;
@@ -133,9 +133,9 @@ impl Service {
                 reply.authorities.extend(answer.soa.map(|soa| *soa));
                 Step::Send(encode(reply, &query, transport))
             }
-            Verdict::Elsewhere => {
-                match self.pending.share(from).filter(|_| query.metadata.recursion_desired) {
-                    Some(share) => Step::Ask(Pending { query, transport, _share: share }),
+            Verdict::Upstream => {
+                match self.pending.acquire(from).filter(|_| query.metadata.recursion_desired) {
+                    Some(permit) => Step::Ask(Pending { query, transport, _permit: permit }),
                     None => self.refuse(header, ResponseCode::Refused),
                 }
             }
@@ -157,7 +157,7 @@ impl Service {
 
     /// Returns the answer, given the upstream reply or the code to answer with.
     pub fn conclude(&self, pending: Pending, found: Result<Message, ResponseCode>) -> Vec<u8> {
-        let Pending { query, transport, _share } = pending;
+        let Pending { query, transport, _permit } = pending;
         let reply = match found {
             Ok(found) => {
                 let mut reply = reply_to(&query, found.metadata.response_code);
@@ -178,14 +178,14 @@ impl Service {
         encode(reply, &query, transport)
     }
 
-    fn refuse(&self, header: &[u8; HEADER], code: ResponseCode) -> Step {
+    fn refuse(&self, header: &[u8; HEADER_LEN], code: ResponseCode) -> Step {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        Step::Send(bare(header, code))
+        Step::Send(header_only(header, code))
     }
 }
 
 /// Parses a query with one question.
-fn read(header: &[u8; HEADER], bytes: &[u8]) -> Result<Message, ResponseCode> {
+fn read(header: &[u8; HEADER_LEN], bytes: &[u8]) -> Result<Message, ResponseCode> {
     let [_, _, flags, _, questions @ .., _, _, _, _, _, _] = header;
     let counts = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
     if flags & 0x78 != 0 {
@@ -210,7 +210,7 @@ fn reply_to(query: &Message, code: ResponseCode) -> Message {
     reply.queries.clone_from(&query.queries);
     if let Some(asked) = &query.edns {
         let mut edns = Edns::new();
-        edns.set_max_payload(UDP_BYTES);
+        edns.set_max_payload(MAX_UDP_BYTES);
         edns.set_version(0);
         edns.set_dnssec_ok(asked.flags().dnssec_ok);
         reply.set_edns(edns);
@@ -220,26 +220,26 @@ fn reply_to(query: &Message, code: ResponseCode) -> Message {
 
 /// Encodes a reply. Records that do not fit are omitted, and the reply is marked as truncated.
 fn encode(reply: Message, query: &Message, transport: Transport) -> Vec<u8> {
-    let most = match (transport, &query.edns) {
+    let max = match (transport, &query.edns) {
         (Transport::Tcp, _) => u16::MAX,
-        (Transport::Udp, Some(edns)) => edns.max_payload().clamp(UDP_BYTES_UNSAID, UDP_BYTES),
-        (Transport::Udp, None) => UDP_BYTES_UNSAID,
+        (Transport::Udp, Some(edns)) => edns.max_payload().clamp(MIN_UDP_BYTES, MAX_UDP_BYTES),
+        (Transport::Udp, None) => MIN_UDP_BYTES,
     };
-    let mut bytes = Vec::with_capacity(UDP_BYTES_UNSAID.into());
+    let mut bytes = Vec::with_capacity(MIN_UDP_BYTES.into());
     let mut encoder = BinEncoder::new(&mut bytes);
-    encoder.set_max_size(most);
+    encoder.set_max_size(max);
     match reply.emit(&mut encoder) {
         Ok(()) => bytes,
         Err(error) => {
             tracing::debug!("a DNS answer could not be encoded: {error}");
             let [high, low] = query.metadata.id.to_be_bytes();
-            bare(&[high, low, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], ResponseCode::ServFail)
+            header_only(&[high, low, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], ResponseCode::ServFail)
         }
     }
 }
 
 /// Returns a bare header that answers a query which could not be parsed or is refused.
-fn bare(header: &[u8; HEADER], code: ResponseCode) -> Vec<u8> {
+fn header_only(header: &[u8; HEADER_LEN], code: ResponseCode) -> Vec<u8> {
     // QR set; opcode and RD copied from the query; RA set.
     vec![header[0], header[1], 0x80 | header[2] & 0x79, 0x80 | code.low(), 0, 0, 0, 0, 0, 0, 0, 0]
 }
@@ -247,32 +247,32 @@ fn bare(header: &[u8; HEADER], code: ResponseCode) -> Vec<u8> {
 /// A limit on concurrent use of a resource, in total and per container.
 #[derive(Clone, Debug)]
 pub(super) struct Quota {
-    most: usize,
-    most_of_one: usize,
+    max: usize,
+    max_of_one: usize,
     taken: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
 }
 
 /// A unit of a [`Quota`]. Dropping it returns the unit.
-pub(super) struct Share {
+pub(super) struct Permit {
     of: IpAddr,
     quota: Quota,
 }
 
 impl Quota {
-    pub(super) fn new(most: usize, most_of_one: usize) -> Self {
-        Self { most, most_of_one, taken: Arc::default() }
+    pub(super) fn new(max: usize, max_of_one: usize) -> Self {
+        Self { max, max_of_one, taken: Arc::default() }
     }
 
-    pub(super) fn share(&self, of: IpAddr) -> Option<Share> {
+    pub(super) fn acquire(&self, of: IpAddr) -> Option<Permit> {
         let mut taken = self.lock();
         let all: usize = taken.values().sum();
         let own = taken.get(&of).copied().unwrap_or(0);
-        if all >= self.most || own >= self.most_of_one {
+        if all >= self.max || own >= self.max_of_one {
             return None;
         }
         taken.insert(of, own + 1);
         drop(taken);
-        Some(Share { of, quota: self.clone() })
+        Some(Permit { of, quota: self.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<IpAddr, usize>> {
@@ -280,7 +280,7 @@ impl Quota {
     }
 }
 
-impl Drop for Share {
+impl Drop for Permit {
     fn drop(&mut self) {
         let mut taken = self.quota.lock();
         if let Some(count) = taken.get_mut(&self.of) {

@@ -16,9 +16,9 @@ use hickory_resolver::{NameServerPool, PoolContext, TlsConfig};
 use ipnet::IpNet;
 
 /// Interval of checks whether the file has changed. Queries trigger the checks.
-const CHECK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// How much of the file is read, in bytes.
-const FILE_BYTES: usize = 64 * 1024;
+const MAX_FILE_BYTES: usize = 64 * 1024;
 /// Maximum number of resolvers from the file.
 const MAX_SERVERS: usize = 4;
 /// Timeout for all resolvers together. Clients give up after five seconds.
@@ -92,7 +92,7 @@ impl Upstream {
     fn refresh(&self) -> (Vec<IpAddr>, Option<Pool>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        if state.checked.is_none_or(|at| now >= at + CHECK) {
+        if state.checked.is_none_or(|at| now >= at + CHECK_INTERVAL) {
             let is_first = state.checked.is_none();
             state.checked = Some(now);
             let text = read(&self.file);
@@ -140,7 +140,7 @@ pub struct Flags {
 
 fn read(file: &Path) -> Vec<u8> {
     let mut text = std::fs::read(file).unwrap_or_default();
-    text.truncate(FILE_BYTES);
+    text.truncate(MAX_FILE_BYTES);
     text
 }
 
@@ -157,7 +157,7 @@ mod tests {
         assert!(upstream.servers().is_empty(), "there is no file");
         let servers = |text: &str| {
             std::fs::write(&file, text).unwrap();
-            upstream.state.lock().unwrap().checked = Some(Instant::now() - CHECK);
+            upstream.state.lock().unwrap().checked = Some(Instant::now() - CHECK_INTERVAL);
             upstream.servers().iter().map(IpAddr::to_string).collect::<Vec<_>>()
         };
         assert_eq!(

@@ -172,9 +172,9 @@ impl Dialer {
             }
             None => {
                 // The connection that the lower ID opens is kept, so the higher ID waits for it.
-                let patience = if id < self.own { LOWER_ID_HEAD_START } else { Duration::ZERO };
+                let head_start = if id < self.own { LOWER_ID_HEAD_START } else { Duration::ZERO };
                 self.destinations
-                    .insert(Key::Learned(id), Destination::new(addresses, patience, now));
+                    .insert(Key::Learned(id), Destination::new(addresses, head_start, now));
             }
         }
         self.start_due(now);
@@ -384,12 +384,12 @@ impl Dialer {
             self.next_attempt += 1;
             let Some(destination) = self.destinations.get_mut(&key) else { continue };
             destination.state = State::Dialing(attempt);
-            let place = match &key {
+            let target = match &key {
                 Key::Target(name) => DialTarget::Name(name.clone()),
                 Key::Learned(id) => DialTarget::Addresses(*id, destination.addresses.clone()),
             };
             self.attempts.insert(attempt, key);
-            self.actions.push_back(Action::Dial { attempt, place });
+            self.actions.push_back(Action::Dial { attempt, place: target });
         }
     }
 

@@ -145,7 +145,9 @@ impl Docker {
             }
             Request::CreateEndpoint(request) => self.create_endpoint(request),
             Request::DeleteEndpoint(id) => Ok(match self.by_endpoint(&id.endpoint) {
-                Some(record) => Step::Unplug(Box::new(unbound(record.clone())), Response::Done {}),
+                Some(record) => {
+                    Step::Unplug(Box::new(after_deletion(record.clone())), Response::Done {})
+                }
                 None => Step::Answer(Response::Done {}),
             }),
             Request::EndpointInfo(id) => match self.by_endpoint(&id.endpoint) {
@@ -154,7 +156,9 @@ impl Docker {
             },
             Request::Join(request) => self.join(request),
             Request::Leave(id) => Ok(match self.by_endpoint(&id.endpoint) {
-                Some(record) => Step::Unplug(Box::new(apart(record.clone())), Response::Done {}),
+                Some(record) => {
+                    Step::Unplug(Box::new(after_leave(record.clone())), Response::Done {})
+                }
                 None => Step::Answer(Response::Done {}),
             }),
             Request::ReleasePool(_) | Request::Notice => answer(Response::Done {}),
@@ -227,14 +231,14 @@ impl Docker {
                 continue;
             };
             lease.seen = now;
-            let told = Attachment {
+            let updated = Attachment {
                 name: container.name.clone().or_else(|| lease.record.name.clone()),
                 image: container.image.clone(),
                 target: container.id.clone(),
                 ..lease.record.clone()
             };
-            if told != lease.record {
-                steps.push(Step::Keep(Box::new(told), Response::Done {}));
+            if updated != lease.record {
+                steps.push(Step::Keep(Box::new(updated), Response::Done {}));
             }
         }
         if !gone.is_empty() {
@@ -510,7 +514,7 @@ fn unknown_endpoint(id: &str) -> Refusal {
 }
 
 /// Returns the attachment after its endpoint has left its container.
-fn apart(mut record: Attachment) -> Attachment {
+fn after_leave(mut record: Attachment) -> Attachment {
     record.netns = String::new();
     record.netns_inode = 0;
     if let Some(engine) = &mut record.engine {
@@ -520,14 +524,14 @@ fn apart(mut record: Attachment) -> Attachment {
 }
 
 /// Returns the attachment after its endpoint was deleted: only the address remains.
-fn unbound(record: Attachment) -> Attachment {
-    Attachment { engine: None, ..apart(record) }
+fn after_deletion(record: Attachment) -> Attachment {
+    Attachment { engine: None, ..after_leave(record) }
 }
 
-/// Returns the answer to an endpoint's creation. `tell` must be false if the engine assigned the
+/// Returns the answer to an endpoint's creation. `with_mac` must be false if the engine assigned the
 /// MAC address: it treats an answer that repeats its own values as an error.
-fn endpoint_answer(tell: bool, mac: [u8; 6]) -> Response {
-    let mac_address = if tell { write_mac(mac) } else { String::new() };
+fn endpoint_answer(with_mac: bool, mac: [u8; 6]) -> Response {
+    let mac_address = if with_mac { write_mac(mac) } else { String::new() };
     Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }
 }
 

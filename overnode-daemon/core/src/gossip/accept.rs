@@ -18,13 +18,13 @@ impl Gossip {
             {
                 continue;
             }
-            if !was_reached && !self.budget.fits_stranger(&record) {
+            if !was_reached && !self.budget.fits_unreached(&record) {
                 continue;
             }
             let id = record.id;
             self.put(record);
             if was_reached {
-                self.budget.meet(id);
+                self.budget.mark_reached(id);
             }
         }
     }
@@ -40,7 +40,7 @@ impl Gossip {
         // already known.
         let mut news = Vec::new();
         for (stamp, record) in records {
-            self.want_no_more(peer, record.id, stamp);
+            self.finish_request(peer, record.id, stamp);
             if !self.is_news(peer, &record, stamp) {
                 self.note_holder(peer, record.id, stamp);
             } else if self.is_timely(record.incarnation, now) && self.may_verify(now) {
@@ -53,7 +53,7 @@ impl Gossip {
         }
         for record in news {
             if record.id == self.own {
-                self.handle_word_about_self(record, now);
+                self.handle_own_rival(record, now);
             } else if self.has_identity_of_another(&record) || !self.has_room_for(&record, now) {
                 tracing::debug!("ignored a record of node {}", record.id);
             } else if self.is_disputed(&record) {
@@ -91,7 +91,7 @@ impl Gossip {
             if is_lost
                 && cut != peer
                 && self.neighbors.contains(&cut)
-                && self.may_pass(cut, STAMP_BYTES, now)
+                && self.may_forward(cut, STAMP_BYTES, now)
             {
                 self.send(cut, Message::Summary(self.summary()));
             }
@@ -125,12 +125,12 @@ impl Gossip {
 
     pub(super) fn has_room_for(&mut self, record: &Record, now: Instant) -> bool {
         let fits = self.budget.fits(record, self.records.get(&record.id)) && {
-            let is_stranger = self.is_stranger(record);
-            !is_stranger || self.budget.fits_stranger(record) || {
+            let stays_unreached = self.stays_unreached(record);
+            !stays_unreached || self.budget.fits_unreached(record) || {
                 // Some known nodes may have become reachable, and with them the node of this
                 // record.
-                self.meet_reached();
-                !self.is_stranger(record) || self.budget.fits_stranger(record)
+                self.mark_reached_nodes();
+                !self.stays_unreached(record) || self.budget.fits_unreached(record)
             }
         };
         if !fits {
@@ -141,15 +141,15 @@ impl Gossip {
 
     /// Returns true if a node was never reached and does not become reachable with this record, as
     /// far as that can be decided without a search of all links.
-    pub(super) fn is_stranger(&self, record: &Record) -> bool {
+    pub(super) fn stays_unreached(&self, record: &Record) -> bool {
         if self.proven.contains_key(&record.id) {
             return false;
         }
         if self.records.contains_key(&record.id) {
-            return self.budget.is_stranger(record.id);
+            return self.budget.is_unreached(record.id);
         }
         let links_back = |other: &NodeId| {
-            let is_known = *other == self.own || !self.budget.is_stranger(*other);
+            let is_known = *other == self.own || !self.budget.is_unreached(*other);
             let links =
                 self.records.get(other).filter(|it| is_known && !it.left).map(|it| &it.links);
             links.is_some_and(|links| links.binary_search(&record.id).is_ok())
@@ -157,10 +157,10 @@ impl Gossip {
         !record.links.iter().any(links_back)
     }
 
-    pub(super) fn meet_reached(&mut self) {
-        if self.budget.has_strangers() {
+    pub(super) fn mark_reached_nodes(&mut self) {
+        if self.budget.has_unreached() {
             let reached: Vec<_> = self.paths().keys().copied().collect();
-            reached.into_iter().for_each(|id| self.budget.meet(id));
+            reached.into_iter().for_each(|id| self.budget.mark_reached(id));
         }
     }
 
@@ -168,8 +168,8 @@ impl Gossip {
         let id = record.id;
         self.stamps.insert(id, record.stamp());
         if id != self.own {
-            if !self.records.contains_key(&id) && self.is_stranger(&record) {
-                self.budget.add_stranger(&record);
+            if !self.records.contains_key(&id) && self.stays_unreached(&record) {
+                self.budget.add_unreached(&record);
             }
             self.budget.note(&record, self.records.get(&id));
         }

@@ -1,9 +1,9 @@
 //! Limits on the memory and disk space for the records of other nodes.
 //!
 //! A host with the token can take as many IDs as are free, and a record can be long. So the total
-//! size of all records is limited: [`ROOM`] for each ID, and [`SHARED`] for records that exceed it.
-//! An honest record exceeds it only with more than about 100 names. At most [`STRANGERS`] records
-//! with at most [`STRANGER_BYTES`] in total are kept of nodes that were never reached, directly or
+//! size of all records is limited: [`RESERVED_BYTES`] for each ID, and [`SHARED_BYTES`] for records that exceed it.
+//! An honest record exceeds it only with more than about 100 names. At most [`MAX_UNREACHED`] records
+//! with at most [`MAX_UNREACHED_BYTES`] in total are kept of nodes that were never reached, directly or
 //! through other nodes.
 //!
 //! A version that does not fit is refused, and the older one stays. A version that is no larger
@@ -20,21 +20,21 @@ use super::message::Record;
 use overnode_types::NodeId;
 
 /// Bytes reserved for the record of each node.
-pub const ROOM: usize = 8 << 10;
-/// Bytes beyond [`ROOM`] that all records share.
-pub const SHARED: usize = 32 << 20;
+pub const RESERVED_BYTES: usize = 8 << 10;
+/// Bytes excess [`RESERVED_BYTES`] that all records share.
+pub const SHARED_BYTES: usize = 32 << 20;
 /// Maximum number of nodes that were never reached.
-pub const STRANGERS: usize = 256;
+pub const MAX_UNREACHED: usize = 256;
 /// Maximum total size in bytes of the records of nodes that were never reached.
-pub const STRANGER_BYTES: usize = 2 << 20;
+pub const MAX_UNREACHED_BYTES: usize = 2 << 20;
 
 /// The memory that the records of other nodes take.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Budget {
     shared: usize,
     /// Nodes that were never reached, as far as is known, with the sizes of their records.
-    strangers: BTreeMap<NodeId, usize>,
-    stranger_bytes: usize,
+    unreached: BTreeMap<NodeId, usize>,
+    unreached_bytes: usize,
 }
 
 impl Budget {
@@ -43,42 +43,42 @@ impl Budget {
         let (new, old) = (weight(record), known.map_or(0, weight));
         record.left
             || new <= old
-            || self.shared - beyond(old) + beyond(new) <= SHARED
-            || beyond(new) == 0
+            || self.shared - excess(old) + excess(new) <= SHARED_BYTES
+            || excess(new) == 0
     }
 
     /// Like [`Self::fits`], for a node that was never reached.
-    pub(super) fn fits_stranger(&self, record: &Record) -> bool {
-        let (new, old) = (weight(record), self.strangers.get(&record.id).copied());
+    pub(super) fn fits_unreached(&self, record: &Record) -> bool {
+        let (new, old) = (weight(record), self.unreached.get(&record.id).copied());
         let is_one_more = old.is_none();
         let old = old.unwrap_or_default();
         record.left
-            || (new <= old || self.stranger_bytes - old + new <= STRANGER_BYTES)
-                && (!is_one_more || self.strangers.len() < STRANGERS)
+            || (new <= old || self.unreached_bytes - old + new <= MAX_UNREACHED_BYTES)
+                && (!is_one_more || self.unreached.len() < MAX_UNREACHED)
     }
 
     /// Records that `record` has replaced `before`, if any.
     pub(super) fn note(&mut self, record: &Record, before: Option<&Record>) {
-        self.shared += beyond(weight(record));
-        self.shared -= before.map_or(0, |before| beyond(weight(before)));
-        if self.strangers.contains_key(&record.id) {
-            self.meet(record.id);
-            self.add_stranger(record);
+        self.shared += excess(weight(record));
+        self.shared -= before.map_or(0, |before| excess(weight(before)));
+        if self.unreached.contains_key(&record.id) {
+            self.mark_reached(record.id);
+            self.add_unreached(record);
         }
     }
 
     /// Counts a node as never reached.
-    pub(super) fn add_stranger(&mut self, record: &Record) {
-        if !record.left && !self.strangers.contains_key(&record.id) {
-            self.stranger_bytes += weight(record);
-            self.strangers.insert(record.id, weight(record));
+    pub(super) fn add_unreached(&mut self, record: &Record) {
+        if !record.left && !self.unreached.contains_key(&record.id) {
+            self.unreached_bytes += weight(record);
+            self.unreached.insert(record.id, weight(record));
         }
     }
 
     /// Counts a node as reached.
-    pub(super) fn meet(&mut self, id: NodeId) {
-        if let Some(bytes) = self.strangers.remove(&id) {
-            self.stranger_bytes -= bytes;
+    pub(super) fn mark_reached(&mut self, id: NodeId) {
+        if let Some(bytes) = self.unreached.remove(&id) {
+            self.unreached_bytes -= bytes;
         }
     }
 
@@ -87,12 +87,12 @@ impl Budget {
         self.shared
     }
 
-    pub(super) fn is_stranger(&self, id: NodeId) -> bool {
-        self.strangers.contains_key(&id)
+    pub(super) fn is_unreached(&self, id: NodeId) -> bool {
+        self.unreached.contains_key(&id)
     }
 
-    pub(super) fn has_strangers(&self) -> bool {
-        !self.strangers.is_empty()
+    pub(super) fn has_unreached(&self) -> bool {
+        !self.unreached.is_empty()
     }
 }
 
@@ -110,6 +110,6 @@ pub fn weight(record: &Record) -> usize {
         + names.sum::<usize>()
 }
 
-fn beyond(weight: usize) -> usize {
-    weight.saturating_sub(ROOM)
+fn excess(weight: usize) -> usize {
+    weight.saturating_sub(RESERVED_BYTES)
 }

@@ -32,9 +32,9 @@ pub(super) struct DisputedRecord {
     record: Record,
     /// The neighbor that the record came from.
     from: NodeId,
-    is_told: bool,
+    is_announced: bool,
     /// Earliest time at which the record may be announced to others.
-    tell_at: Instant,
+    announce_at: Instant,
     until: Instant,
 }
 
@@ -72,26 +72,31 @@ impl Gossip {
                 if waiting.record.verifying_key != record.verifying_key {
                     waiting.until = now + OBJECTION;
                 }
-                (waiting.record, waiting.from, waiting.is_told) = (record, peer, false);
+                (waiting.record, waiting.from, waiting.is_announced) = (record, peer, false);
             }
             None if is_full => {}
             None => {
                 let until = now + OBJECTION;
-                let new =
-                    DisputedRecord { record, from: peer, is_told: false, tell_at: now, until };
+                let new = DisputedRecord {
+                    record,
+                    from: peer,
+                    is_announced: false,
+                    announce_at: now,
+                    until,
+                };
                 self.disputed.insert(id, new);
             }
         }
-        self.tell_of_contenders(now);
+        self.announce_contenders(now);
     }
 
     /// Asks the holders and announces the waiting records to neighbors. For each ID this happens no
     /// more often than the holder may answer.
-    fn tell_of_contenders(&mut self, now: Instant) {
-        let untold = self.disputed.iter().filter(|(_, it)| !it.is_told && it.tell_at <= now);
-        for id in untold.map(|(id, _)| *id).collect::<Vec<_>>() {
+    fn announce_contenders(&mut self, now: Instant) {
+        let due = self.disputed.iter().filter(|(_, it)| !it.is_announced && it.announce_at <= now);
+        for id in due.map(|(id, _)| *id).collect::<Vec<_>>() {
             let Some(waiting) = self.disputed.get_mut(&id) else { continue };
-            (waiting.is_told, waiting.tell_at) = (true, now + DEFEND_INTERVAL);
+            (waiting.is_announced, waiting.announce_at) = (true, now + DEFEND_INTERVAL);
             let (peer, record) = (waiting.from, waiting.record.clone());
             let delta = Message::Delta(vec![record.clone()]);
             // Fails only if the holder is no longer reachable.
@@ -99,7 +104,7 @@ impl Gossip {
             let has_not =
                 |next: &&NodeId| **next != peer && **next != id && !self.is_linked(peer, **next);
             for next in self.neighbors.iter().filter(has_not).copied().collect::<Vec<_>>() {
-                if self.may_pass(next, size(&record), now) {
+                if self.may_forward(next, size(&record), now) {
                     self.send(next, delta.clone());
                 }
             }
@@ -127,7 +132,7 @@ impl Gossip {
 
     /// Accepts the waiting records that no holder has objected to.
     pub(super) fn admit_contenders(&mut self, now: Instant) {
-        self.tell_of_contenders(now);
+        self.announce_contenders(now);
         let due: Vec<_> =
             self.disputed.iter().filter(|(_, it)| it.until <= now).map(|(id, _)| *id).collect();
         for id in due {
@@ -146,18 +151,19 @@ impl Gossip {
     }
 
     pub(super) fn next_admission(&self) -> Option<Instant> {
-        let next =
-            |it: &DisputedRecord| if it.is_told { it.until } else { it.until.min(it.tell_at) };
+        let next = |it: &DisputedRecord| {
+            if it.is_announced { it.until } else { it.until.min(it.announce_at) }
+        };
         self.disputed.values().map(next).min()
     }
 
     /// Handles a record of this node that is newer than its own one.
-    pub(super) fn handle_word_about_self(&mut self, record: Record, now: Instant) {
+    pub(super) fn handle_own_rival(&mut self, record: Record, now: Instant) {
         if self.draft.left {
             return;
         }
-        if self.defence.as_ref().is_none_or(|worst| worst.stamp() < record.stamp()) {
-            self.defence = Some(record);
+        if self.rival.as_ref().is_none_or(|worst| worst.stamp() < record.stamp()) {
+            self.rival = Some(record);
         }
         if self.may_defend(now) {
             self.outbid(now);
@@ -174,18 +180,18 @@ impl Gossip {
                 && self.may_verify(now)
                 && self.is_signed(&record)
             {
-                self.handle_word_about_self(record, now);
+                self.handle_own_rival(record, now);
             }
         }
     }
 
     pub(super) fn may_defend(&self, now: Instant) -> bool {
-        self.defended.is_none_or(|last| last + DEFEND_INTERVAL <= now)
+        self.outbid_at.is_none_or(|last| last + DEFEND_INTERVAL <= now)
     }
 
     /// Outbids the other record and schedules the own one for publication.
     pub(super) fn outbid(&mut self, now: Instant) {
-        let Some(rival) = self.defence.take() else { return };
+        let Some(rival) = self.rival.take() else { return };
         let is_other = rival.verifying_key != self.draft.verifying_key;
         if rival.incarnation > self.draft.incarnation || is_other {
             self.draft.incarnation = rival.incarnation.saturating_add(1).min(MAX_STAMP);
@@ -195,10 +201,10 @@ impl Gossip {
         }
         // A tombstone is from an earlier life of this host. A record under its own keys may be as
         // well, but only once: from a restored disk.
-        if !rival.left && (is_other || self.defended.is_some()) {
+        if !rival.left && (is_other || self.outbid_at.is_some()) {
             self.actions.push_back(Action::Contested(Box::new(rival)));
         }
-        self.defended = Some(now);
+        self.outbid_at = Some(now);
         self.note_own_change(now);
     }
 }

@@ -101,7 +101,7 @@ impl Gossip {
     }
 
     /// Handles the arrival of a record: the request for it is done.
-    pub(super) fn want_no_more(&mut self, peer: NodeId, id: NodeId, stamp: Stamp) {
+    pub(super) fn finish_request(&mut self, peer: NodeId, id: NodeId, stamp: Stamp) {
         if self.wanted.get(&id).is_some_and(|wanted| wanted.from == peer || wanted.stamp <= stamp) {
             self.wanted.remove(&id);
         }
@@ -109,7 +109,7 @@ impl Gossip {
 
     /// Asks other neighbors for requested records that have not arrived in time.
     pub(super) fn ask_again(&mut self, now: Instant) {
-        self.ask_instead(|wanted| wanted.asked + ASK_AGAIN <= now, now);
+        self.reassign_requests(|wanted| wanted.asked + ASK_AGAIN <= now, now);
         self.ask_again_at = self.wanted.values().map(|wanted| wanted.asked + ASK_AGAIN).min();
     }
 
@@ -118,10 +118,10 @@ impl Gossip {
         self.wanted.values_mut().for_each(|wanted| {
             wanted.others.remove(&peer);
         });
-        self.ask_instead(|wanted| wanted.from == peer, now);
+        self.reassign_requests(|wanted| wanted.from == peer, now);
     }
 
-    fn ask_instead(&mut self, is_due: impl Fn(&Wanted) -> bool, now: Instant) {
+    fn reassign_requests(&mut self, is_due: impl Fn(&Wanted) -> bool, now: Instant) {
         let mut requests: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
         self.wanted.retain(|id, wanted| {
             if !is_due(wanted) {
@@ -138,7 +138,7 @@ impl Gossip {
     }
 
     /// Sends this node's own record, and offers the records of other nodes.
-    pub(super) fn pass_on(&mut self, now: Instant) {
+    pub(super) fn forward_news(&mut self, now: Instant) {
         let news = std::mem::take(&mut self.news);
         let mut offers: BTreeMap<NodeId, Vec<(NodeId, Stamp)>> = BTreeMap::new();
         for (id, have) in &news {
@@ -147,9 +147,9 @@ impl Gossip {
             }
             let stamp = self.stamps[id];
             for &peer in &self.neighbors {
-                let told_by_another = self.is_linked(*id, peer)
+                let is_offered_by_another = self.is_linked(*id, peer)
                     || have.iter().any(|&source| self.is_linked(source, peer));
-                if peer != *id && !have.contains(&peer) && !told_by_another {
+                if peer != *id && !have.contains(&peer) && !is_offered_by_another {
                     offers.entry(peer).or_default().push((*id, stamp));
                 }
             }
@@ -158,13 +158,13 @@ impl Gossip {
             let own = self.records[&self.own].clone();
             for peer in self.neighbors.difference(have).copied().collect::<Vec<_>>() {
                 // Comparing finds the records that are left out here.
-                if self.may_pass(peer, size(&own), now) {
+                if self.may_forward(peer, size(&own), now) {
                     self.send(peer, Message::Delta(vec![own.clone()]));
                 }
             }
         }
         for (peer, stamps) in offers {
-            if self.may_pass(peer, STAMP_BYTES * stamps.len(), now) {
+            if self.may_forward(peer, STAMP_BYTES * stamps.len(), now) {
                 self.send(peer, Message::Digest { ask: false, stamps });
             }
         }
@@ -172,19 +172,22 @@ impl Gossip {
 
     /// Charges an unsolicited message to the limit for a neighbor. Returns false if the message
     /// must not be sent.
-    pub(super) fn may_pass(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
-        self.send_limits.entry(peer).or_insert_with(|| Allowance::of_ours(now)).pass(bytes, now)
+    pub(super) fn may_forward(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.send_limits
+            .entry(peer)
+            .or_insert_with(|| Allowance::for_forwarding(now))
+            .try_charge(bytes, now)
     }
 
     /// Answers with a digest, which counts as if the neighbor had sent it.
     fn offer(&mut self, peer: NodeId, ask: bool, stamps: Vec<(NodeId, Stamp)>) {
-        self.charge(peer, STAMP_BYTES * stamps.len());
+        self.charge_reply(peer, STAMP_BYTES * stamps.len());
         self.send(peer, Message::Digest { ask, stamps });
     }
 
-    fn charge(&mut self, peer: NodeId, bytes: usize) {
+    fn charge_reply(&mut self, peer: NodeId, bytes: usize) {
         if let Some(allowance) = self.allowances.get_mut(&peer) {
-            allowance.answer(bytes);
+            allowance.charge_reply(bytes);
         }
     }
 
@@ -194,10 +197,10 @@ impl Gossip {
 
     /// Returns true if both ends report the link.
     pub(super) fn is_linked(&self, one: NodeId, other: NodeId) -> bool {
-        let says = |a, b| {
+        let reports_link = |a, b| {
             self.records.get(&a).is_some_and(|record| record.links.binary_search(&b).is_ok())
         };
-        says(one, other) && says(other, one)
+        reports_link(one, other) && reports_link(other, one)
     }
 
     pub(super) fn compare(&mut self) {
@@ -211,7 +214,7 @@ impl Gossip {
 
     pub(super) fn answer(&mut self, peer: NodeId, ids: &[NodeId]) {
         let bytes = self.records_of(ids).map(size).sum();
-        self.charge(peer, bytes);
+        self.charge_reply(peer, bytes);
         let (mut deltas, mut bytes) = (vec![Vec::new()], 0);
         for record in self.records_of(ids) {
             if bytes >= message::DELTA_BYTES {

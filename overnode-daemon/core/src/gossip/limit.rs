@@ -74,7 +74,7 @@ impl Allowance {
     }
 
     /// Charges one message. Returns false if the neighbor was over its limit before.
-    pub fn hear(&mut self, bytes: usize, now: Instant) -> bool {
+    pub fn charge(&mut self, bytes: usize, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.at);
         self.at = self.at.max(now);
         self.bytes.refill(passed);
@@ -87,7 +87,7 @@ impl Allowance {
 
     /// Returns the allowance for what this node forwards to a neighbor: half of the neighbor's
     /// limit, so that a flooding node cannot turn this node into one.
-    pub fn of_ours(now: Instant) -> Self {
+    pub fn for_forwarding(now: Instant) -> Self {
         let half = |bucket: Bucket| Bucket {
             burst: bucket.burst / 2,
             each_second: bucket.each_second / 2,
@@ -98,9 +98,9 @@ impl Allowance {
     }
 
     /// Charges one message if there is room for it. Returns false otherwise.
-    pub fn pass(&mut self, bytes: usize, now: Instant) -> bool {
+    pub fn try_charge(&mut self, bytes: usize, now: Instant) -> bool {
         let before = *self;
-        let has_room = self.hear(bytes, now);
+        let has_room = self.charge(bytes, now);
         if !has_room {
             (self.bytes.taken, self.messages.taken) = (before.bytes.taken, before.messages.taken);
             self.at = before.at;
@@ -109,7 +109,7 @@ impl Allowance {
     }
 
     /// Charges a reply to the neighbor that asked for it.
-    pub fn answer(&mut self, bytes: usize) {
+    pub fn charge_reply(&mut self, bytes: usize) {
         self.bytes.take(bytes);
     }
 }
@@ -140,17 +140,17 @@ mod tests {
     fn a_burst_is_accepted_and_then_a_fixed_rate() {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
-        let heard = (0..2 * BURST_MESSAGES).filter(|_| allowance.hear(1, now)).count();
+        let heard = (0..2 * BURST_MESSAGES).filter(|_| allowance.charge(1, now)).count();
         assert_eq!(heard as u64, BURST_MESSAGES);
         // Rejected messages count as well.
         now += Duration::from_secs(BURST_MESSAGES / MESSAGES_PER_SECOND - 1);
-        assert!(!allowance.hear(1, now));
+        assert!(!allowance.charge(1, now));
         now += Duration::from_secs(2);
-        assert!(allowance.hear(1, now));
+        assert!(allowance.charge(1, now));
         let mut heard = 0;
         for _ in 0..1000 {
             now += Duration::from_millis(1);
-            heard += u64::from(allowance.hear(1, now)) + u64::from(allowance.hear(1, now));
+            heard += u64::from(allowance.charge(1, now)) + u64::from(allowance.charge(1, now));
         }
         assert!(heard <= 2 * MESSAGES_PER_SECOND, "{heard} messages in a second");
     }
@@ -159,27 +159,27 @@ mod tests {
     fn bytes_and_answers_count_too() {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
-        assert!(allowance.hear(BURST_BYTES as usize / 2, now));
-        allowance.answer(BURST_BYTES as usize / 2);
-        assert!(!allowance.hear(1, now));
+        assert!(allowance.charge(BURST_BYTES as usize / 2, now));
+        allowance.charge_reply(BURST_BYTES as usize / 2);
+        assert!(!allowance.charge(1, now));
         now += Duration::from_secs(1);
         assert!(
-            allowance.hear(BYTES_PER_SECOND as usize, now),
+            allowance.charge(BYTES_PER_SECOND as usize, now),
             "a message is judged by those before it"
         );
-        assert!(!allowance.hear(1, now));
+        assert!(!allowance.charge(1, now));
     }
 
     #[test]
     fn forwarding_never_exceeds_a_neighbors_flood_limit() {
         let mut now = Instant::now();
-        let (mut ours, mut theirs) = (Allowance::of_ours(now), Allowance::new(now));
+        let (mut ours, mut theirs) = (Allowance::for_forwarding(now), Allowance::new(now));
         let mut passed = 0;
         for _ in 0..200_000 {
             now += Duration::from_millis(1);
-            if ours.pass(300, now) {
+            if ours.try_charge(300, now) {
                 passed += 1;
-                assert!(theirs.hear(300, now));
+                assert!(theirs.charge(300, now));
             }
         }
         let at_most = BURST_MESSAGES / 2 + 200 * MESSAGES_PER_SECOND / 2;
@@ -209,9 +209,9 @@ mod tests {
         let mut now = Instant::now();
         let mut allowance = Allowance::new(now);
         for _ in 0..1000 {
-            allowance.hear(BURST_BYTES as usize, now);
+            allowance.charge(BURST_BYTES as usize, now);
         }
         now += Duration::from_secs(2 * BURST_BYTES / BYTES_PER_SECOND);
-        assert!(allowance.hear(1, now));
+        assert!(allowance.charge(1, now));
     }
 }

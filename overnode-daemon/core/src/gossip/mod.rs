@@ -185,8 +185,8 @@ pub struct Gossip {
     publish_at: Option<Instant>,
     published: Option<Instant>,
     /// The record that the own one must outbid.
-    defence: Option<Record>,
-    defended: Option<Instant>,
+    rival: Option<Record>,
+    outbid_at: Option<Instant>,
     disputed: BTreeMap<NodeId, DisputedRecord>,
     /// When a second host with an ID was last reported.
     clashes: BTreeMap<NodeId, Instant>,
@@ -230,8 +230,8 @@ impl Gossip {
             ask_again_at: None,
             publish_at: None,
             published: None,
-            defence: None,
-            defended: None,
+            rival: None,
+            outbid_at: None,
             disputed: BTreeMap::new(),
             clashes: BTreeMap::new(),
             flush_at: None,
@@ -253,8 +253,8 @@ impl Gossip {
 
     /// Returns true if a node was ever reached, directly or through other nodes.
     pub fn was_reached(&mut self, id: NodeId) -> bool {
-        self.meet_reached();
-        !self.budget.is_stranger(id)
+        self.mark_reached_nodes();
+        !self.budget.is_unreached(id)
     }
 
     /// Returns true if a record was refused within the last [`FULL_INTERVAL`] because other records
@@ -317,7 +317,7 @@ impl Gossip {
             return;
         }
         self.proven.insert(peer, identity);
-        self.budget.meet(peer);
+        self.budget.mark_reached(peer);
         self.paths.take();
         self.note_own_change(now);
         self.send(peer, Message::Digest { ask: false, stamps: self.stamps() });
@@ -355,7 +355,7 @@ impl Gossip {
         if !self.neighbors.contains(&peer) {
             return Ok(());
         }
-        if !self.hear(peer, bytes.len(), now) {
+        if !self.charge_received(peer, bytes.len(), now) {
             return Err(BadMessage::Flood);
         }
         match Message::decode(bytes)? {
@@ -368,13 +368,13 @@ impl Gossip {
     }
 
     /// Charges a message to the neighbor's allowance. Returns false if the neighbor exceeds it.
-    fn hear(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
-        self.allowances.entry(peer).or_insert_with(|| Allowance::new(now)).hear(bytes, now)
+    fn charge_received(&mut self, peer: NodeId, bytes: usize, now: Instant) -> bool {
+        self.allowances.entry(peer).or_insert_with(|| Allowance::new(now)).charge(bytes, now)
     }
 
     /// Handles everything that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
-        if self.defence.is_some() && self.may_defend(now) {
+        if self.rival.is_some() && self.may_defend(now) {
             self.outbid(now);
         }
         self.admit_contenders(now);
@@ -383,7 +383,7 @@ impl Gossip {
         }
         if self.flush_at.is_some_and(|at| at <= now) {
             self.flush_at = None;
-            self.pass_on(now);
+            self.forward_news(now);
         }
         if self.ask_again_at.is_some_and(|at| at <= now) {
             self.ask_again(now);
@@ -396,7 +396,7 @@ impl Gossip {
 
     /// Returns when to call [`Self::handle_timeout`] next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let defend_at = self.defence.as_ref().and(self.defended).map(|last| last + DEFEND_INTERVAL);
+        let defend_at = self.rival.as_ref().and(self.outbid_at).map(|last| last + DEFEND_INTERVAL);
         let admit_at = self.next_admission();
         [
             self.publish_at,

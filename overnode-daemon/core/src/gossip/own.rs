@@ -47,7 +47,7 @@ impl Gossip {
         self.sign();
         self.put(self.draft.clone());
         self.publish_at = None;
-        self.defence = None;
+        self.rival = None;
         self.flush_at = None;
         self.paths.take();
         for peer in std::mem::take(&mut self.neighbors) {

@@ -229,7 +229,7 @@ impl Gossip {
         if !self.neighbors.contains(&peer) {
             return Ok(None);
         }
-        if !self.hear(peer, bytes.len(), now) {
+        if !self.charge_received(peer, bytes.len(), now) {
             return Err(BadRoutedMessage::Flood);
         }
         let mut routed = RoutedMessage::decode(bytes)?;
@@ -250,7 +250,7 @@ impl Gossip {
         // The message is not sent back to the node that it came from. The two nodes know different
         // links and would bounce it back and forth.
         match self.next_hop_of_routed(routed.to).filter(|next| *next != peer) {
-            Some(next) if self.may_pass(next, HEAD + routed.body.len(), now) => {
+            Some(next) if self.may_forward(next, HEAD + routed.body.len(), now) => {
                 self.actions.push_back(Action::SendRouted { to: next, routed });
             }
             Some(next) => return Ok(Some(Undelivered::Busy(next))),

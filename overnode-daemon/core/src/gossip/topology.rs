@@ -67,41 +67,41 @@ fn walk(
     records: &BTreeMap<NodeId, Record>,
     mut reached: impl FnMut(NodeId, NodeId),
 ) {
-    let mut living: Vec<Option<&Record>> = vec![None; usize::from(NodeId::MAX) + 1];
+    let mut live: Vec<Option<&Record>> = vec![None; usize::from(NodeId::MAX) + 1];
     let mut count = 0;
     for (id, record) in records.iter().filter(|(_, record)| !record.left) {
-        living[place(*id)] = Some(record);
+        live[index(*id)] = Some(record);
         count += 1;
     }
-    let says = |one: NodeId, other: NodeId| {
+    let reports_link = |one: NodeId, other: NodeId| {
         if one == own.id {
             return own.neighbors.contains(&other);
         }
-        living[place(one)].is_some_and(|record| record.links.binary_search(&other).is_ok())
+        live[index(one)].is_some_and(|record| record.links.binary_search(&other).is_ok())
     };
-    let mut seen = vec![false; living.len()];
-    seen[place(start)] = true;
+    let mut seen = vec![false; live.len()];
+    seen[index(start)] = true;
     let (mut queue, mut next) = (vec![start], 0);
     while let Some(&node) = queue.get(next)
         && queue.len() < count
     {
         next += 1;
         let mut visit = |other: NodeId| {
-            if !seen[place(other)] && living[place(other)].is_some() && says(other, node) {
-                seen[place(other)] = true;
+            if !seen[index(other)] && live[index(other)].is_some() && reports_link(other, node) {
+                seen[index(other)] = true;
                 queue.push(other);
                 reached(node, other);
             }
         };
         if node == own.id {
             own.neighbors.iter().copied().for_each(&mut visit);
-        } else if let Some(record) = living[place(node)] {
+        } else if let Some(record) = live[index(node)] {
             record.links.iter().copied().for_each(&mut visit);
         }
     }
 }
 
-fn place(id: NodeId) -> usize {
+fn index(id: NodeId) -> usize {
     usize::from(id.get())
 }
 
@@ -120,8 +120,11 @@ mod tests {
         NodeId::new(id as u16).unwrap()
     }
 
-    /// Records of the nodes 1 to `count`. `says(a, b)` is true if a reports a link with b.
-    fn records(count: usize, says: impl Fn(usize, usize) -> bool) -> BTreeMap<NodeId, Record> {
+    /// Records of the nodes 1 to `count`. `reports_link(a, b)` is true if a reports a link with b.
+    fn records(
+        count: usize,
+        reports_link: impl Fn(usize, usize) -> bool,
+    ) -> BTreeMap<NodeId, Record> {
         let record = |node: usize| Record {
             id: id(node),
             incarnation: 1,
@@ -131,7 +134,7 @@ mod tests {
             public_key: PublicKey([0; 32]),
             addresses: Vec::new(),
             links: (1..=count)
-                .filter(|other| *other != node && says(node, *other))
+                .filter(|other| *other != node && reports_link(node, *other))
                 .map(id)
                 .collect(),
             no_direct_path: Vec::new(),
@@ -184,8 +187,8 @@ mod tests {
                 .map(|_| (0..=count).map(|_| rng.random_bool(density)).collect())
                 .collect();
             // Half of the seeds have links that only one end reports.
-            let says = |a: usize, b: usize| table[a][b] || (seed % 2 == 0 && table[b][a]);
-            let records = records(count, says);
+            let reports_link = |a: usize, b: usize| table[a][b] || (seed % 2 == 0 && table[b][a]);
+            let records = records(count, reports_link);
             let far = distances(count, &records);
             for own in 1..=count {
                 let paths = paths(id(own), &links(own, &records), &records);
@@ -216,15 +219,15 @@ mod tests {
                 (0..=count).map(|_| (0..=count).map(|_| rng.random_bool(0.2)).collect()).collect();
             let records = records(count, |a, b| table[a][b] || table[b][a]);
             let source = rng.random_range(1..=count);
-            let (mut told, mut queue) = (vec![0; count + 1], vec![source]);
+            let (mut received, mut queue) = (vec![0; count + 1], vec![source]);
             while let Some(node) = queue.pop() {
                 for next in branches(id(source), id(node), &links(node, &records), &records) {
-                    told[usize::from(next.get())] += 1;
+                    received[usize::from(next.get())] += 1;
                     queue.push(usize::from(next.get()));
                 }
             }
             let reached = paths(id(source), &links(source, &records), &records);
-            for (node, times) in told.into_iter().enumerate().skip(1) {
+            for (node, times) in received.into_iter().enumerate().skip(1) {
                 assert_eq!(
                     times,
                     usize::from(reached.contains_key(&id(node))),

@@ -19,7 +19,7 @@ pub(super) struct Allocation {
     own_used: usize,
     allocated: BTreeMap<IpAddr, String>,
     pub(super) blocks: BTreeMap<IpNet, Block>,
-    pub(super) waiting: BTreeMap<RequestId, Waiting>,
+    pub(super) waiting: BTreeMap<RequestId, PendingRequest>,
     requests: u64,
     /// The address that was allocated last.
     cursor: Option<IpAddr>,
@@ -34,7 +34,7 @@ pub(super) struct Block {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Waiting {
+pub(super) struct PendingRequest {
     owner: String,
     pub(super) deadline: Instant,
 }
@@ -129,7 +129,8 @@ impl Ipam {
     /// a free address, or [`Action::Failed`].
     pub fn allocate(&mut self, owner: &str, now: Instant) -> RequestId {
         let request = self.next_request_id();
-        let waiting = Waiting { owner: owner.to_owned(), deadline: now + self.timing.request };
+        let waiting =
+            PendingRequest { owner: owner.to_owned(), deadline: now + self.timing.request };
         self.allocation.waiting.insert(request, waiting);
         self.finish(now);
         request
@@ -247,7 +248,7 @@ impl Ipam {
     }
 
     pub(super) fn fail_overdue(&mut self, now: Instant) {
-        let overdue = |waiting: &Waiting| waiting.deadline <= now;
+        let overdue = |waiting: &PendingRequest| waiting.deadline <= now;
         let requests: Vec<_> = self
             .allocation
             .waiting
@@ -287,8 +288,8 @@ impl Ipam {
     /// Reports what [`Self::shared_blocks`] finds in the ranges that a node newly announces.
     pub(super) fn report_ranges(&mut self, node: NodeId, peer: &Peer) {
         let known = self.peers.get(&node).map(|known| known.ranges.as_slice()).unwrap_or_default();
-        let news = peer.ranges.iter().filter(|range| !known.contains(range));
-        let clashes: Vec<_> = news.flat_map(|range| self.shared_with(node, *range)).collect();
+        let new = peer.ranges.iter().filter(|range| !known.contains(range));
+        let clashes: Vec<_> = new.flat_map(|range| self.shared_with(node, *range)).collect();
         self.effects.extend(clashes.into_iter().map(Action::Report));
     }
 

@@ -15,9 +15,9 @@ use super::{Fact, Ipam, IpamError, Peer, Retry, Timing};
 use overnode_types::NodeId;
 
 /// Minimum number of addresses in a request for space.
-const LEAST: usize = 16;
+const MIN_REQUEST: usize = 16;
 /// Maximum number of addresses in a request, unless more are needed at once.
-const MOST: usize = 4096;
+const MAX_REQUEST: usize = 4096;
 /// Number of free addresses that are not handed back, so that a node that is cut off can still
 /// allocate.
 const RESERVE: u128 = 16;
@@ -27,7 +27,7 @@ pub(super) const MAX_AHEAD: u64 = 1 << 40;
 /// Maximum number of changes of hands for a title to directly follow the known one.
 const MAX_STEP: u64 = 1024;
 /// A node that holds this many blocks does not ask for more.
-const MANY_BLOCKS: usize = MAX_BLOCKS - 32;
+const BLOCK_LIMIT: usize = MAX_BLOCKS - 32;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Borrowing {
@@ -36,7 +36,7 @@ pub(super) struct Borrowing {
     pub(super) dirty: BTreeSet<NodeId>,
     /// The lender of each quarter, if it is another node and reachable.
     pub(super) lenders: BTreeMap<NodeId, NodeId>,
-    refused: BTreeMap<NodeId, Refused>,
+    refused: BTreeMap<NodeId, RefusedRequest>,
 }
 
 #[derive(Clone, Debug)]
@@ -51,14 +51,14 @@ pub(super) struct Request {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Refused {
+struct RefusedRequest {
     by: NodeId,
     at: Instant,
-    why: Why,
+    why: RefusalReason,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Why {
+enum RefusalReason {
     Exhausted,
     NoAnswer,
     NoLender,
@@ -78,18 +78,18 @@ impl Ipam {
     pub(super) fn find_lenders(&mut self) {
         self.borrowing.lenders.clear();
         for quarter in quarters().filter(|quarter| !self.lending.ledgers.contains_key(quarter)) {
-            let place = usize::from(quarter.get()) - 1;
-            let heard = self.lending.heard.get(&quarter).map(|title| title.holder);
+            let index = usize::from(quarter.get()) - 1;
+            let known = self.lending.known_titles.get(&quarter).map(|title| title.holder);
             let may = |id: &NodeId| {
                 id.has_initial_quarter() && !self.has_promised(*id) && !self.has_left(*id)
             };
             let lends = |id: &NodeId| {
-                self.peers.get(id).is_some_and(|it| self.lends_of(it)[place]) && may(id)
+                self.peers.get(id).is_some_and(|it| self.lends_of(it)[index]) && may(id)
             };
-            let mut says_so = self.reachable.iter().copied().filter(lends);
-            let best = heard.filter(|id| self.reachable.contains(id) && lends(id));
-            let heard = heard.filter(|id| self.reachable.contains(id) && *id != self.id && may(id));
-            if let Some(lender) = best.or_else(|| says_so.next()).or(heard) {
+            let mut announcers = self.reachable.iter().copied().filter(lends);
+            let best = known.filter(|id| self.reachable.contains(id) && lends(id));
+            let known = known.filter(|id| self.reachable.contains(id) && *id != self.id && may(id));
+            if let Some(lender) = best.or_else(|| announcers.next()).or(known) {
                 self.borrowing.lenders.insert(quarter, lender);
             }
         }
@@ -107,7 +107,7 @@ impl Ipam {
         self.fail_overdue(now);
         self.hand_back(now);
         self.redirect(now);
-        self.synchronise(now);
+        self.inform_lenders(now);
         self.borrow(now);
         self.send_requests(now);
     }
@@ -154,7 +154,7 @@ impl Ipam {
         self.borrowing.requests.remove(&quarter);
         self.borrowing.refused.remove(&quarter);
         if exhausted {
-            self.refuse(quarter, from, Why::Exhausted, now);
+            self.refuse(quarter, from, RefusalReason::Exhausted, now);
         }
         let held: BTreeMap<IpNet, bool> = self
             .allocation
@@ -183,7 +183,7 @@ impl Ipam {
         serial: u64,
         now: Instant,
     ) {
-        if let Some(&title) = self.lending.heard.get(&quarter)
+        if let Some(&title) = self.lending.known_titles.get(&quarter)
             && title.serial > serial
         {
             self.send(from, &Message::Title { quarter, title });
@@ -194,7 +194,7 @@ impl Ipam {
         if self.lending.ledgers.contains_key(&quarter) || !is_possible {
             return;
         }
-        self.hear(quarter, Title { serial, holder: from });
+        self.learn_title(quarter, Title { serial, holder: from });
         self.borrowing.refused.remove(&quarter);
         self.ask_again(quarter, from, now);
     }
@@ -204,7 +204,7 @@ impl Ipam {
         if self.borrowing.requests.get(&quarter).is_some_and(|request| request.to == from) {
             self.borrowing.requests.remove(&quarter);
             self.borrowing.dirty.insert(quarter);
-            self.refuse(quarter, from, Why::NoLender, now);
+            self.refuse(quarter, from, RefusalReason::NoLender, now);
         }
     }
 
@@ -222,9 +222,11 @@ impl Ipam {
                 Some(lender) => {
                     match refused.filter(|refused| refused.by == *lender).map(|refused| refused.why)
                     {
-                        Some(Why::Exhausted) => format!("node {lender} has none left"),
-                        Some(Why::NoAnswer) => format!("node {lender} does not answer"),
-                        Some(Why::NoLender) => format!("node {lender} is not lending yet"),
+                        Some(RefusalReason::Exhausted) => format!("node {lender} has none left"),
+                        Some(RefusalReason::NoAnswer) => format!("node {lender} does not answer"),
+                        Some(RefusalReason::NoLender) => {
+                            format!("node {lender} is not lending yet")
+                        }
                         None => format!("node {lender} has not been asked yet"),
                     }
                 }
@@ -260,8 +262,8 @@ impl Ipam {
             && capacity.saturating_sub(used as u128) <= used as u128 / 8;
         let need = if capacity == 0 { waiting.max(1) } else { waiting };
         let wants = waiting > 0 || is_low;
-        let want = need.max(used).max(LEAST).next_power_of_two().min(MOST);
-        (wants && self.allocation.blocks.len() < MANY_BLOCKS).then_some((need, want.max(need)))
+        let want = need.max(used).max(MIN_REQUEST).next_power_of_two().min(MAX_REQUEST);
+        (wants && self.allocation.blocks.len() < BLOCK_LIMIT).then_some((need, want.max(need)))
     }
 
     fn penalty(&self) -> std::time::Duration {
@@ -273,8 +275,8 @@ impl Ipam {
         }
     }
 
-    fn refuse(&mut self, quarter: NodeId, by: NodeId, why: Why, now: Instant) {
-        self.borrowing.refused.insert(quarter, Refused { by, at: now, why });
+    fn refuse(&mut self, quarter: NodeId, by: NodeId, why: RefusalReason, now: Instant) {
+        self.borrowing.refused.insert(quarter, RefusedRequest { by, at: now, why });
     }
 
     fn is_refused(&self, quarter: NodeId, lender: NodeId, now: Instant) -> bool {
@@ -345,14 +347,14 @@ impl Ipam {
             if lends_itself || replaced || (request.want > 0 && lost) {
                 self.void_requests(quarter);
             } else if late {
-                self.refuse(quarter, to, Why::NoAnswer, now);
+                self.refuse(quarter, to, RefusalReason::NoAnswer, now);
                 self.request(quarter, to, (0, 0), now);
             }
         }
     }
 
     /// Informs the lenders of what is held where they may not know.
-    fn synchronise(&mut self, now: Instant) {
+    fn inform_lenders(&mut self, now: Instant) {
         for quarter in std::mem::take(&mut self.borrowing.dirty) {
             match self.lending.ledgers.get(&quarter).map(|ledger| ledger.successor) {
                 Some(None) => {
@@ -400,7 +402,7 @@ impl Ipam {
     }
 
     fn request(&mut self, quarter: NodeId, to: NodeId, (need, want): (usize, usize), now: Instant) {
-        let serial = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
+        let serial = self.lending.known_titles.get(&quarter).map_or(0, |title| title.serial);
         let round = self.next_round();
         self.borrowing.dirty.remove(&quarter);
         let since = match self.borrowing.requests.get(&quarter) {
@@ -436,18 +438,18 @@ impl Ipam {
     /// Returns true if the holder of a title with that serial can be outbid. Serials begin with the
     /// milliseconds since 1970 and grow in small steps.
     pub(super) fn is_plausible(&self, quarter: NodeId, serial: u64) -> bool {
-        let known = self.lending.heard.get(&quarter).map_or(0, |title| title.serial);
+        let known = self.lending.known_titles.get(&quarter).map_or(0, |title| title.serial);
         serial <= self.incarnation.saturating_add(MAX_AHEAD)
             || serial <= known.saturating_add(MAX_STEP)
     }
 
     /// Records a title if it is later than the known one.
-    pub(super) fn hear(&mut self, quarter: NodeId, title: Title) {
+    pub(super) fn learn_title(&mut self, quarter: NodeId, title: Title) {
         if !title.holder.has_initial_quarter() || !self.is_plausible(quarter, title.serial) {
             return;
         }
-        if self.lending.heard.get(&quarter).is_none_or(|known| known.serial < title.serial) {
-            self.lending.heard.insert(quarter, title);
+        if self.lending.known_titles.get(&quarter).is_none_or(|known| known.serial < title.serial) {
+            self.lending.known_titles.insert(quarter, title);
             self.put(Fact::Heard { quarter, title });
             self.find_lenders();
             // The new lender's ledger may be from before this node got its last block.

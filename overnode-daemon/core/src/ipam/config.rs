@@ -46,9 +46,9 @@ pub struct Timing {
     pub claim: Duration,
     /// A node that was reachable for this long without interruption knows what the others had
     /// announced before.
-    pub heard: Duration,
+    pub propagation: Duration,
     /// How long a past event that leaves no visible state is reported.
-    pub news: Duration,
+    pub past_problem: Duration,
 }
 
 impl Default for Timing {
@@ -63,8 +63,8 @@ impl Default for Timing {
             leave: Duration::from_secs(5),
             grace: READ_LIMIT + Duration::from_secs(5),
             claim: Duration::from_secs(1),
-            heard: Duration::from_secs(60),
-            news: Duration::from_secs(600),
+            propagation: Duration::from_secs(60),
+            past_problem: Duration::from_secs(600),
         }
     }
 }

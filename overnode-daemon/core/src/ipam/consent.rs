@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::fact::{Fact, Key};
 use super::layout::quarters;
 use super::message::{MAX_RIVALS, Message, Objection, Round, Title};
-use super::reclaim::doing_that;
+use super::reclaim::already_reclaiming;
 use super::{Ipam, Retry};
 use overnode_types::NodeId;
 
@@ -70,7 +70,7 @@ impl Ipam {
         if known < incarnation || !self.is_long_gone(of, now) {
             return;
         }
-        self.abandon_claims(&doing_that(from));
+        self.abandon_claims(&already_reclaiming(from));
         let by_others = self.reclaiming.promises.keys().map(|(_, by)| *by).filter(|by| *by != from);
         let rivals: BTreeSet<_> = by_others.collect();
         let rivals = rivals.into_iter().take(MAX_RIVALS).collect();
@@ -153,9 +153,9 @@ impl Ipam {
     }
 
     fn forget_titles_of(&mut self, holder: NodeId) {
-        let heard = self.lending.heard.iter().filter(|(_, title)| title.holder == holder);
-        for quarter in heard.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
-            self.lending.heard.remove(&quarter);
+        let known = self.lending.known_titles.iter().filter(|(_, title)| title.holder == holder);
+        for quarter in known.map(|(quarter, _)| *quarter).collect::<Vec<_>>() {
+            self.lending.known_titles.remove(&quarter);
             self.forget(Key::Heard(quarter));
         }
         self.forget_confirmed(|title| title.holder == holder);

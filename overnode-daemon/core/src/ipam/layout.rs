@@ -11,7 +11,7 @@ use overnode_types::{Network, NodeId};
 /// Number of node addresses: one for each possible ID, counted from 0.
 const NODE_ADDRESSES: u128 = NodeId::MAX as u128 + 1;
 /// Host bits of the smallest range: 16 addresses, four for each of the nodes 1 to 4.
-const LEAST_HOST_BITS: u8 = 4;
+const MIN_HOST_BITS: u8 = 4;
 
 /// The cluster's addresses, checked and divided. Node addresses are in the order of the IDs. They
 /// are below the range, or above it if there is no room below.
@@ -84,7 +84,7 @@ impl Layout {
         if !subnet.contains(&range) {
             return Err(BadNetwork::Outside { range, subnet });
         }
-        if range.max_prefix_len() - range.prefix_len() < LEAST_HOST_BITS {
+        if range.max_prefix_len() - range.prefix_len() < MIN_HOST_BITS {
             return Err(BadNetwork::TooSmall { range });
         }
         let (subnet_first, subnet_last) = bounds(subnet);

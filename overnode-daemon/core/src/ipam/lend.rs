@@ -17,7 +17,7 @@ use super::{Ipam, Problem, Retry};
 use overnode_types::NodeId;
 
 /// Maximum number of blocks that one answer adds.
-const MOST_BLOCKS: usize = 8;
+const MAX_ADDED_BLOCKS: usize = 8;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lending {
@@ -26,7 +26,7 @@ pub(super) struct Lending {
     /// requests out.
     pub(super) loans: BTreeMap<(NodeId, NodeId), Lent>,
     /// The latest title of each quarter.
-    pub(super) heard: BTreeMap<NodeId, Title>,
+    pub(super) known_titles: BTreeMap<NodeId, Title>,
     /// The last title of each quarter that its holder told this node of while another node vouched
     /// for it. This node can vouch for that title: since then the quarter could be taken back only
     /// with this node's consent.
@@ -255,7 +255,7 @@ impl Ipam {
         };
         let Lent { mut loan, round } = lent;
         let room = (MAX_BLOCKS - 16).saturating_sub(loan.blocks.len());
-        let chosen = choose(&self.free_blocks(quarter), amount, MOST_BLOCKS.min(room));
+        let chosen = choose(&self.free_blocks(quarter), amount, MAX_ADDED_BLOCKS.min(room));
         loan.blocks.extend(&chosen);
         loan.blocks.sort_unstable();
         self.enter(quarter, borrower, loan, round);
@@ -385,8 +385,8 @@ impl Ipam {
             }
         }
         self.enter_own(quarter);
-        self.lending.heard.remove(&quarter);
-        self.hear(quarter, Title { serial, holder: id });
+        self.lending.known_titles.remove(&quarter);
+        self.learn_title(quarter, Title { serial, holder: id });
         self.record_consent(quarter, consented, now);
         self.find_lenders();
         for other in self.peers.keys().copied().collect::<Vec<_>>() {
@@ -413,7 +413,11 @@ impl Ipam {
 
     /// Returns the latest title that this node has heard of.
     pub(super) fn title_of(&self, quarter: NodeId) -> Title {
-        self.lending.heard.get(&quarter).copied().unwrap_or(Title { serial: 0, holder: quarter })
+        self.lending
+            .known_titles
+            .get(&quarter)
+            .copied()
+            .unwrap_or(Title { serial: 0, holder: quarter })
     }
 
     pub(super) fn handle_title(
@@ -423,8 +427,8 @@ impl Ipam {
         title: Title,
         now: Instant,
     ) {
-        // What other nodes have heard matters only to the lender, which may have to outbid it. For
-        // all other nodes only a lender's word counts.
+        // What other nodes have heard matters only to the lender, which may have to outbid it. All
+        // other nodes accept titles only from lenders.
         let is_possible = from.has_initial_quarter() || self.may_outbid(quarter, title.serial);
         if !is_possible
             || !title.holder.has_initial_quarter()
@@ -451,7 +455,7 @@ impl Ipam {
                     let serial = title.serial.saturating_add(1);
                     self.resume_title(quarter, Title { serial, holder: self.id }, now);
                 } else if loses && self.reachable.contains(&title.holder) {
-                    // Only the holder's own word counts, so this node contacts it.
+                    // A title counts only if its holder sends it, so this node contacts the holder.
                     self.send(title.holder, &Message::Title { quarter, title: mine });
                 }
                 return;
@@ -466,7 +470,7 @@ impl Ipam {
                 self.send(from, &Message::Title { quarter, title: mine });
             }
         }
-        self.hear(quarter, title);
+        self.learn_title(quarter, title);
         // A lender with that title would have answered the request itself.
         let request = self.borrowing.requests.get(&quarter).filter(|request| request.to == from);
         if title.holder != from || request.is_some_and(|request| title.serial <= request.serial) {
@@ -484,7 +488,7 @@ impl Ipam {
         let Some(ledger) = self.lending.ledgers.get_mut(&quarter) else { return };
         ledger.serial = title.serial;
         self.put(Fact::Ledger { quarter, serial: title.serial, successor: None });
-        self.hear(quarter, title);
+        self.learn_title(quarter, title);
         self.vouching.renew(quarter, now);
     }
 
@@ -496,10 +500,10 @@ impl Ipam {
         };
         for (&quarter, ledger) in &self.lending.ledgers {
             let half = self.layout.lendable(quarter);
-            let says_so =
+            let announces_half =
                 half.is_some_and(|half| peer.ranges.iter().any(|range| range.contains(&half)));
-            let says_so = says_so && other.has_initial_quarter();
-            if says_so && ledger.successor.is_none() {
+            let announces_half = announces_half && other.has_initial_quarter();
+            if announces_half && ledger.successor.is_none() {
                 self.lending.disputes.entry((quarter, other)).or_insert_with(|| Retry::new(now));
             } else {
                 self.lending.disputes.remove(&(quarter, other));

@@ -235,7 +235,7 @@ impl Ipam {
         } else {
             if known.map(|(incarnation, _)| incarnation) != Some(peer.incarnation) {
                 self.mark_unsure(id, now);
-                self.tell_again(id);
+                self.resend_tombstones(id);
                 self.vouching.forget_member(id);
             }
         }
@@ -256,11 +256,11 @@ impl Ipam {
         if self.reachable == reachable {
             return;
         }
-        let news: Vec<_> = reachable.difference(&self.reachable).copied().collect();
+        let gained: Vec<_> = reachable.difference(&self.reachable).copied().collect();
         let lost: Vec<_> = self.reachable.difference(&reachable).copied().collect();
         self.reachable = reachable;
         self.follow_contacts(now);
-        for id in news {
+        for id in gained {
             self.lost.remove(&id);
             self.retry_now(id, now);
         }
@@ -396,7 +396,7 @@ impl Ipam {
             self.next_request(),
             self.next_hand_back(),
             self.next_loan_check(),
-            self.next_standing(),
+            self.next_vouching(),
             self.next_question(),
             self.next_transfer(),
             self.next_reclaim(),
@@ -415,11 +415,11 @@ impl Ipam {
     /// Ends the handling of an input: applies everything that follows from the input and from the
     /// time, and queues the changes to persist before all effects that depend on them.
     fn finish(&mut self, now: Instant) {
-        self.prune_standing();
+        self.prune_vouching();
         self.drive_reclaim(now);
         self.drive_term(now);
         self.drive_transfers(now);
-        self.drive_standing(now);
+        self.drive_vouching(now);
         self.drive_loans(now);
         self.drive_borrowing(now);
         self.drive_claims(now);
@@ -436,7 +436,7 @@ impl Ipam {
             Fact::Epoch(epoch) => self.epoch = epoch,
             Fact::Held { block, lost } => self.allocation.add_block(block, lost, now),
             Fact::Heard { quarter, title } => {
-                self.lending.heard.insert(quarter, title);
+                self.lending.known_titles.insert(quarter, title);
             }
             Fact::Confirmed { quarter, title } => {
                 self.lending.confirmed.insert(quarter, title);

@@ -163,7 +163,7 @@ impl Ipam {
         problems.extend(
             contradictions.map(|&(borrower, block)| Problem::Contradiction { borrower, block }),
         );
-        let is_recent = |at: Instant| now < at + self.timing.news;
+        let is_recent = |at: Instant| now < at + self.timing.past_problem;
         let superseded = self.reported.superseded.iter().filter(|(quarter, (holder, at))| {
             is_recent(*at)
                 && self.lends(**quarter).is_none()

@@ -43,8 +43,8 @@ impl Claim {
     /// Returns the latest title of the quarter at `index` in the order: the one `known` here, or
     /// one that an ack reported.
     fn latest(&self, index: usize, known: Title) -> Title {
-        let told = self.acks.values().map(|ack| ack.titles[index]);
-        told.chain([known]).max_by_key(|title| title.serial).unwrap_or(known)
+        let reported = self.acks.values().map(|ack| ack.titles[index]);
+        reported.chain([known]).max_by_key(|title| title.serial).unwrap_or(known)
     }
 }
 
@@ -81,8 +81,9 @@ impl Reclaiming {
         {
             promise.retry = Retry::new(now);
         }
-        let untold = self.tombstones.values_mut().filter_map(|tombstone| tombstone.untold.as_mut());
-        for retries in untold {
+        let unconfirmed =
+            self.tombstones.values_mut().filter_map(|tombstone| tombstone.unconfirmed.as_mut());
+        for retries in unconfirmed {
             if let Some(retry) = retries.get_mut(&id) {
                 *retry = Retry::new(now);
             }
@@ -94,7 +95,7 @@ impl Reclaiming {
             && self
                 .tombstones
                 .values()
-                .all(|tombstone| tombstone.untold.as_ref().is_none_or(BTreeMap::is_empty))
+                .all(|tombstone| tombstone.unconfirmed.as_ref().is_none_or(BTreeMap::is_empty))
     }
 }
 
@@ -155,7 +156,7 @@ impl Ipam {
             .find(|(_, by)| *by < self.id && self.reachable.contains(by) && !self.has_left(*by))
             .map(|(_, by)| *by);
         if let Some(by) = other {
-            return refuse(doing_that(by));
+            return refuse(already_reclaiming(by));
         }
         if !self.reclaiming.claims.contains_key(&of) {
             self.put(Fact::Claim { of, incarnation });
@@ -218,18 +219,18 @@ impl Ipam {
         let asked = asked
             .filter(|(id, _)| self.reachable.contains(id))
             .map(|(_, question)| question.retry.at);
-        let untold = self
+        let unconfirmed = self
             .reclaiming
             .tombstones
             .values()
-            .filter_map(|tombstone| tombstone.untold.as_ref())
+            .filter_map(|tombstone| tombstone.unconfirmed.as_ref())
             .flatten();
-        let untold = untold.filter(|(id, _)| self.reachable.contains(id));
+        let unconfirmed = unconfirmed.filter(|(id, _)| self.reachable.contains(id));
         let promises =
             self.reclaiming.promises.iter().filter(|((_, by), _)| self.reachable.contains(by));
         let promises = promises.map(|(_, promise)| promise.retry.at);
         let wakes = self.reclaiming.claims.values().filter_map(|claim| claim.wake);
-        asked.chain(untold.map(|(_, retry)| retry.at)).chain(wakes).chain(promises).min()
+        asked.chain(unconfirmed.map(|(_, retry)| retry.at)).chain(wakes).chain(promises).min()
     }
 
     /// Returns the nodes that have to agree: all known members and the nodes that they name.
@@ -414,14 +415,14 @@ impl Ipam {
                 "node {from} has seen it more recently than this node; if it has gone for good \
                  since then, try again in a minute"
             ),
-            Objection::Mine => doing_that(from),
+            Objection::Mine => already_reclaiming(from),
         };
         self.fail(of, why);
     }
 }
 
 /// Describes why a node gives way to another claimant.
-pub(super) fn doing_that(by: NodeId) -> String {
+pub(super) fn already_reclaiming(by: NodeId) -> String {
     format!(
         "node {by} is already reclaiming address space, and only one node can at a time: \
          `overnode status --ipam` there shows what it waits for; run the command there as well, or \

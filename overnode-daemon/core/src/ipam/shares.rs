@@ -30,12 +30,12 @@ pub struct Share {
 }
 
 impl Ipam {
-    /// Returns the division of the range. `said` has the ranges that each node announces, this one
+    /// Returns the division of the range. `announced` has the ranges that each node announces, this one
     /// included.
-    pub fn shares(&self, said: &BTreeMap<NodeId, Vec<IpNet>>) -> Shares {
+    pub fn shares(&self, announced: &BTreeMap<NodeId, Vec<IpNet>>) -> Shares {
         let ledger = self.ledger().flat_map(|(_, loans)| loans);
         let ledger = ledger.filter(|(borrower, _)| *borrower != self.id);
-        shares(&self.layout, self.id, ledger.map(|(id, blocks)| (id, blocks.to_vec())), said)
+        shares(&self.layout, self.id, ledger.map(|(id, blocks)| (id, blocks.to_vec())), announced)
     }
 }
 
@@ -45,10 +45,10 @@ fn shares(
     layout: &Layout,
     own: NodeId,
     ledger: impl Iterator<Item = (NodeId, Vec<IpNet>)>,
-    said: &BTreeMap<NodeId, Vec<IpNet>>,
+    announced: &BTreeMap<NodeId, Vec<IpNet>>,
 ) -> Shares {
     let pool = layout.network().range;
-    let all: Vec<(NodeId, IpNet)> = said
+    let all: Vec<(NodeId, IpNet)> = announced
         .iter()
         .flat_map(|(id, ranges)| ranges.iter().map(|range| (*id, *range)))
         .filter(|(_, range)| pool.contains(range))
@@ -74,9 +74,9 @@ fn shares(
     }
     for quarter in quarters() {
         for half in [layout.own_part(quarter), layout.lendable(quarter)].into_iter().flatten() {
-            let unsaid = free(half, all.iter().map(|(_, range)| *range));
-            if !unsaid.is_empty() {
-                found.owners.entry(quarter).or_default().ranges.extend(unsaid);
+            let unannounced = free(half, all.iter().map(|(_, range)| *range));
+            if !unannounced.is_empty() {
+                found.owners.entry(quarter).or_default().ranges.extend(unannounced);
             }
         }
     }
@@ -108,11 +108,11 @@ mod tests {
         nets.iter().map(|net| net.parse().unwrap()).collect()
     }
 
-    fn of(own: u16, ledger: &[(u16, &[&str])], said: &[(u16, &[&str])]) -> Shares {
+    fn of(own: u16, ledger: &[(u16, &[&str])], announced: &[(u16, &[&str])]) -> Shares {
         let layout = Layout::new(Network::default()).unwrap();
         let ledger = ledger.iter().map(|(borrower, blocks)| (id(*borrower), nets(blocks)));
-        let said = said.iter().map(|(of, ranges)| (id(*of), nets(ranges))).collect();
-        shares(&layout, id(own), ledger, &said)
+        let announced = announced.iter().map(|(of, ranges)| (id(*of), nets(ranges))).collect();
+        shares(&layout, id(own), ledger, &announced)
     }
 
     fn addresses(shares: &Shares) -> Vec<(u16, u128)> {
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn loans_reported_by_both_sides_are_counted_once() {
-        let said: &[(u16, &[&str])] = &[
+        let announced: &[(u16, &[&str])] = &[
             (1, &["10.40.0.0/15"]),
             (2, &["10.42.0.0/15"]),
             (5, &["10.41.0.0/27", "10.43.0.0/28", "10.43.0.16/28"]),
@@ -149,7 +149,7 @@ mod tests {
                 2 => &[(5, &["10.43.0.0/27"]), (7, &["10.43.1.0/28"])],
                 _ => &[],
             };
-            let shares = of(own, ledger, said);
+            let shares = of(own, ledger, announced);
             assert_eq!(shares.loans[&(id(1), id(5))], nets(&["10.41.0.0/27"]));
             assert_eq!(shares.loans[&(id(2), id(5))], nets(&["10.43.0.0/27"]));
             assert_eq!(shares.loans.contains_key(&(id(2), id(7))), own == 2);

@@ -5,7 +5,7 @@
 //! or asks for itself. If two nodes ask at the same moment, the one with the lower ID takes
 //! precedence. Nodes that do not answer in time count as unreachable: a conflict with their
 //! addresses is found when their records arrive. Then the node with the lower ID keeps the address,
-//! unless it must have known of the other node's claim ([`Timing::heard`]). The node that does not
+//! unless it must have known of the other node's claim ([`Timing::propagation`]). The node that does not
 //! keep the address stops announcing it. It gets the address back when the keeper releases it and
 //! no other node announces it. `docs/internals/addresses.md` has the reasons.
 
@@ -198,29 +198,29 @@ impl Ipam {
         {
             *contact = now;
         }
-        let heard = self.timing.heard;
-        let is_old = |since: &Instant| *since + heard <= now;
-        let is_steady = self.statics.contacts.get(&node).is_some_and(is_old);
+        let propagation = self.timing.propagation;
+        let is_old = |since: &Instant| *since + propagation <= now;
+        let is_long_reachable = self.statics.contacts.get(&node).is_some_and(is_old);
         let is_there = self.is_member(node, peer);
         let announced: BTreeSet<IpAddr> =
             peer.claims.iter().copied().filter(|_| is_there).collect();
         self.drop_rivals(now, |address, of| of == node && !announced.contains(&address));
-        let mut news = Vec::new();
+        let mut new = Vec::new();
         for address in announced {
             let Some(since) = self.statics.since.get(&address) else { continue };
             // While another node keeps the address, this node does not announce it, so no node
             // could know of it.
             let is_announced = self.keeper(address).is_none();
-            let is_late = is_announced && is_steady && is_old(since);
+            let is_late = is_announced && is_long_reachable && is_old(since);
             let rival = Rival { since: now, is_late, is_first: false };
             if let std::collections::btree_map::Entry::Vacant(entry) =
                 self.statics.rivals.entry((address, node))
             {
                 entry.insert(rival);
-                news.push(address);
+                new.push(address);
             }
         }
-        for address in news {
+        for address in new {
             self.report(Problem::Clash { address, node });
         }
     }

@@ -192,7 +192,7 @@ impl Ipam {
         let half = self.layout.lendable(self.id);
         answer.loan.blocks.retain(|block| half.is_some_and(|half| half.contains(block)));
         if from.has_initial_quarter() {
-            self.hear(self.id, answer.title);
+            self.learn_title(self.id, answer.title);
         } else {
             // The sender never lends, and it may have made up the title that it reports. The title
             // is not even a hint: if its holder does not exist, this node would wait for it

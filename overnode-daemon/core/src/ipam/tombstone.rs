@@ -17,9 +17,9 @@ use overnode_types::NodeId;
 pub(super) struct Tombstone {
     incarnation: u64,
     by: NodeId,
-    /// Nodes that were not told yet. `None` if it is not up to this node to tell them.
-    pub(super) untold: Option<BTreeMap<NodeId, Retry>>,
-    told: BTreeSet<NodeId>,
+    /// Members that have not confirmed the tombstone yet. `None` if other nodes send it.
+    pub(super) unconfirmed: Option<BTreeMap<NodeId, Retry>>,
+    confirmed: BTreeSet<NodeId>,
 }
 
 impl Reclaiming {
@@ -28,10 +28,11 @@ impl Reclaiming {
         id: NodeId,
         incarnation: u64,
         by: NodeId,
-        tells: bool,
+        sends: bool,
     ) {
-        let untold = tells.then(BTreeMap::new);
-        self.tombstones.insert(id, Tombstone { incarnation, by, untold, told: BTreeSet::new() });
+        let unconfirmed = sends.then(BTreeMap::new);
+        self.tombstones
+            .insert(id, Tombstone { incarnation, by, unconfirmed, confirmed: BTreeSet::new() });
     }
 }
 
@@ -59,33 +60,37 @@ impl Ipam {
     pub(super) fn add_tombstone(&mut self, of: NodeId, claim: &Claim, now: Instant) {
         let (id, incarnation) = (self.id, claim.incarnation);
         self.put(Fact::Tombstone { id: of, incarnation, by: id });
-        let untold =
+        let unconfirmed =
             self.members().filter(|member| *member != of).map(|it| (it, Retry::new(now))).collect();
-        let tombstone =
-            Tombstone { incarnation, by: id, untold: Some(untold), told: BTreeSet::new() };
+        let tombstone = Tombstone {
+            incarnation,
+            by: id,
+            unconfirmed: Some(unconfirmed),
+            confirmed: BTreeSet::new(),
+        };
         self.reclaiming.tombstones.insert(of, tombstone);
         self.free_left(of, incarnation);
     }
 
     pub(super) fn send_tombstones(&mut self, now: Instant) {
-        if self.reclaiming.tombstones.values().all(|tombstone| tombstone.untold.is_none()) {
+        if self.reclaiming.tombstones.values().all(|tombstone| tombstone.unconfirmed.is_none()) {
             return;
         }
         let members: BTreeSet<_> = self.members().collect();
         let mut messages = Vec::new();
         let titles = self.titles();
         for (&of, tombstone) in &mut self.reclaiming.tombstones {
-            let Some(untold) = &mut tombstone.untold else { continue };
+            let Some(unconfirmed) = &mut tombstone.unconfirmed else { continue };
             // If the node itself comes back with its old state, it has to hear of this before
             // anything else.
             let itself = Some(of).filter(|of| self.reachable.contains(of));
             for member in
-                members.iter().chain(&itself).filter(|member| !tombstone.told.contains(member))
+                members.iter().chain(&itself).filter(|member| !tombstone.confirmed.contains(member))
             {
-                untold.entry(*member).or_insert_with(|| Retry::new(now));
+                unconfirmed.entry(*member).or_insert_with(|| Retry::new(now));
             }
-            untold.retain(|id, _| members.contains(id) || itself == Some(*id));
-            for (&to, retry) in untold.iter_mut() {
+            unconfirmed.retain(|id, _| members.contains(id) || itself == Some(*id));
+            for (&to, retry) in unconfirmed.iter_mut() {
                 if self.reachable.contains(&to) && retry.take(now, &self.timing) {
                     let (incarnation, by) = (tombstone.incarnation, tombstone.by);
                     messages.push((to, Message::Reclaimed { of, incarnation, by, titles }));
@@ -105,9 +110,9 @@ impl Ipam {
             .tombstones
             .iter()
             .filter(|(of, _)| only.is_none_or(|only| only == **of));
-        let told: Vec<_> =
+        let tombstones: Vec<_> =
             tombstones.map(|(of, tombstone)| (*of, tombstone.incarnation, tombstone.by)).collect();
-        for (of, incarnation, by) in told {
+        for (of, incarnation, by) in tombstones {
             self.send(to, &Message::Reclaimed { of, incarnation, by, titles });
         }
     }
@@ -126,14 +131,14 @@ impl Ipam {
     /// longer believe that once this node vouches for its title. And once this node has left, no
     /// other one of the nodes 1 to 4 may know of the tombstones.
     pub(super) fn has_confirmed_tombstones(&self, id: NodeId) -> bool {
-        self.reclaiming.tombstones.values().all(|tombstone| tombstone.told.contains(&id))
+        self.reclaiming.tombstones.values().all(|tombstone| tombstone.confirmed.contains(&id))
     }
 
     /// Sends tombstones again to a node that restarted, perhaps without its disk: it may not know
     /// which nodes are gone.
-    pub(super) fn tell_again(&mut self, id: NodeId) {
+    pub(super) fn resend_tombstones(&mut self, id: NodeId) {
         for tombstone in self.reclaiming.tombstones.values_mut() {
-            tombstone.told.remove(&id);
+            tombstone.confirmed.remove(&id);
         }
     }
 
@@ -173,8 +178,9 @@ impl Ipam {
                 return;
             }
             self.put(Fact::Tombstone { id: of, incarnation, by });
-            let untold = self.id.has_initial_quarter().then(BTreeMap::new);
-            let tombstone = Tombstone { incarnation, by, untold, told: BTreeSet::from([from]) };
+            let unconfirmed = self.id.has_initial_quarter().then(BTreeMap::new);
+            let tombstone =
+                Tombstone { incarnation, by, unconfirmed, confirmed: BTreeSet::from([from]) };
             self.reclaiming.tombstones.insert(of, tombstone);
             self.free_left(of, incarnation);
             let promises =
@@ -260,9 +266,9 @@ impl Ipam {
         if let Some(tombstone) =
             self.reclaiming.tombstones.get_mut(&of).filter(|it| it.incarnation == incarnation)
         {
-            tombstone.told.insert(from);
-            if let Some(untold) = &mut tombstone.untold {
-                untold.remove(&from);
+            tombstone.confirmed.insert(from);
+            if let Some(unconfirmed) = &mut tombstone.unconfirmed {
+                unconfirmed.remove(&from);
             }
         }
     }

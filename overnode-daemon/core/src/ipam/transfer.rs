@@ -287,7 +287,7 @@ impl Ipam {
         let acked = ledger.acked.len();
         if acked == self.parts(quarter).len() {
             self.drop_title(quarter);
-            self.hear(quarter, Title { serial, holder: from });
+            self.learn_title(quarter, Title { serial, holder: from });
         }
     }
 }

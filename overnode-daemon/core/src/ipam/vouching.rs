@@ -27,7 +27,7 @@ pub(super) struct Vouchers(BTreeMap<(NodeId, NodeId), Voucher>);
 
 #[derive(Clone, Copy, Debug)]
 struct Voucher {
-    word: Statement,
+    statement: Statement,
     round: Round,
     retry: Retry,
 }
@@ -49,18 +49,22 @@ impl Vouchers {
     fn vouchers(&self, quarter: NodeId) -> usize {
         self.0
             .iter()
-            .filter(|((of, _), voucher)| *of == quarter && voucher.word >= Statement::Consented)
+            .filter(|((of, _), voucher)| {
+                *of == quarter && voucher.statement >= Statement::Consented
+            })
             .count()
     }
 
     fn is_known(&self, quarter: NodeId, member: NodeId) -> bool {
-        self.0.get(&(quarter, member)).is_some_and(|voucher| voucher.word >= Statement::Ignorant)
+        self.0
+            .get(&(quarter, member))
+            .is_some_and(|voucher| voucher.statement >= Statement::Ignorant)
     }
 
     /// Asks the nodes that vouch for this node again, because the title has a new serial.
     pub(super) fn renew(&mut self, quarter: NodeId, now: Instant) {
         for (_, voucher) in self.0.iter_mut().filter(|((of, _), _)| *of == quarter) {
-            voucher.word = voucher.word.min(Statement::Consented);
+            voucher.statement = voucher.statement.min(Statement::Consented);
             voucher.retry = Retry::new(now);
         }
     }
@@ -108,14 +112,15 @@ impl Ipam {
         let reached: Vec<_> = consented.intersection(&self.reachable).copied().collect();
         for member in reached {
             let (round, retry) = (self.next_round(), Retry::new(now));
-            self.vouching
-                .0
-                .insert((quarter, member), Voucher { word: Statement::Consented, round, retry });
+            self.vouching.0.insert(
+                (quarter, member),
+                Voucher { statement: Statement::Consented, round, retry },
+            );
         }
     }
 
     /// Discards the statements of nodes that are unreachable or no longer members.
-    pub(super) fn prune_standing(&mut self) {
+    pub(super) fn prune_vouching(&mut self) {
         if self.vouching.0.is_empty() {
             return;
         }
@@ -129,7 +134,7 @@ impl Ipam {
     }
 
     /// Asks the reachable members about the quarters that this node lends.
-    pub(super) fn drive_standing(&mut self, now: Instant) {
+    pub(super) fn drive_vouching(&mut self, now: Instant) {
         let active = self.lending.ledgers.iter().filter(|(_, ledger)| ledger.successor.is_none());
         let ledgers: BTreeMap<NodeId, u64> =
             active.map(|(quarter, ledger)| (*quarter, ledger.serial)).collect();
@@ -144,15 +149,16 @@ impl Ipam {
             for &member in &members {
                 if !self.vouching.0.contains_key(&(quarter, member)) {
                     let (round, retry) = (self.next_round(), Retry::new(now));
-                    self.vouching
-                        .0
-                        .insert((quarter, member), Voucher { word: Statement::None, round, retry });
+                    self.vouching.0.insert(
+                        (quarter, member),
+                        Voucher { statement: Statement::None, round, retry },
+                    );
                 }
                 let Some(voucher) = self.vouching.0.get_mut(&(quarter, member)) else { continue };
                 // A member that knows nothing about the title is asked again only when this node is
                 // sure of the title.
-                let is_done = voucher.word == Statement::Vouched
-                    || (voucher.word == Statement::Ignorant && !sure);
+                let is_done = voucher.statement == Statement::Vouched
+                    || (voucher.statement == Statement::Ignorant && !sure);
                 if !is_done && voucher.retry.take(now, &self.timing) {
                     let (round, epoch) = (voucher.round, self.epoch);
                     messages.push((member, Message::Hold { quarter, serial, epoch, round, sure }));
@@ -164,19 +170,20 @@ impl Ipam {
         }
     }
 
-    pub(super) fn next_standing(&self) -> Option<Instant> {
+    pub(super) fn next_vouching(&self) -> Option<Instant> {
         let sure: BTreeSet<_> =
             self.lending.ledgers.keys().filter(|quarter| self.may_lend(**quarter)).collect();
-        let is_asked = |quarter: &NodeId, member: &NodeId, word: Statement| {
+        let is_asked = |quarter: &NodeId, member: &NodeId, statement: Statement| {
             let is_member = self.reachable.contains(member) && !self.has_left(*member);
             is_member
-                && (word < Statement::Ignorant
-                    || word == Statement::Consented
+                && (statement < Statement::Ignorant
+                    || statement == Statement::Consented
                     || sure.contains(quarter))
         };
-        let open = self.vouching.0.iter().filter(|(_, voucher)| voucher.word != Statement::Vouched);
-        let waiting =
-            open.filter(|((quarter, member), voucher)| is_asked(quarter, member, voucher.word));
+        let open =
+            self.vouching.0.iter().filter(|(_, voucher)| voucher.statement != Statement::Vouched);
+        let waiting = open
+            .filter(|((quarter, member), voucher)| is_asked(quarter, member, voucher.statement));
         waiting.map(|(_, voucher)| voucher.retry.at).min()
     }
 
@@ -213,17 +220,17 @@ impl Ipam {
         // The node was there just now, whether it counts as reachable or not.
         self.lost.insert(from, now);
         if sure {
-            self.hear(quarter, title);
+            self.learn_title(quarter, title);
             self.confirm(quarter, title);
         }
-        let heard = self.lending.confirmed.get(&quarter) == Some(&title);
-        self.send(from, &Message::Vouch { quarter, serial, round, heard });
+        let can_vouch = self.lending.confirmed.get(&quarter) == Some(&title);
+        self.send(from, &Message::Vouch { quarter, serial, round, heard: can_vouch });
     }
 
     /// Records a title of which its holder says that another node vouches for it. If the holder is
     /// unreachable, the message may be old.
     fn confirm(&mut self, quarter: NodeId, title: Title) {
-        let is_latest = self.lending.heard.get(&quarter) == Some(&title);
+        let is_latest = self.lending.known_titles.get(&quarter) == Some(&title);
         let is_news = self.lending.confirmed.get(&quarter) != Some(&title);
         if is_latest && is_news && self.reachable.contains(&title.holder) {
             self.lending.confirmed.insert(quarter, title);
@@ -255,9 +262,9 @@ impl Ipam {
         if voucher.round != round {
             return;
         }
-        let word = if heard { Statement::Vouched } else { Statement::Ignorant };
-        if word > voucher.word {
-            *voucher = Voucher { word, retry: Retry::new(now), ..*voucher };
+        let statement = if heard { Statement::Vouched } else { Statement::Ignorant };
+        if statement > voucher.statement {
+            *voucher = Voucher { statement, retry: Retry::new(now), ..*voucher };
         }
     }
 }

@@ -21,7 +21,7 @@ pub enum Verdict {
     /// Send this answer without asking any other server.
     Answer(Answer),
     /// Ask the upstream resolvers: the name is not ours.
-    Elsewhere,
+    Upstream,
 }
 
 /// An answer from the zone.
@@ -80,7 +80,7 @@ impl Directory {
             _ if !is_plain => Verdict::Answer(Answer::refused()),
             (Some(domain), _) => Verdict::Answer(self.forward(&domain, query)),
             (None, Some(network)) => self.reverse(network, query),
-            (None, None) => Verdict::Elsewhere,
+            (None, None) => Verdict::Upstream,
         }
     }
 
@@ -110,7 +110,7 @@ impl Directory {
         let names = address.map(|address| self.zone.names(address)).unwrap_or_default();
         let is_ours = self.subnet.contains(&network);
         if names.is_empty() && !is_ours {
-            return Verdict::Elsewhere;
+            return Verdict::Upstream;
         }
         let pointers: Vec<Record> = names
             .iter()
@@ -215,7 +215,7 @@ mod tests {
     fn answer(name: &str, kind: RecordType) -> Answer {
         match ask(name, kind) {
             Verdict::Answer(answer) => answer,
-            Verdict::Elsewhere => panic!("{name} {kind} is forwarded upstream"),
+            Verdict::Upstream => panic!("{name} {kind} is forwarded upstream"),
         }
     }
 
@@ -293,10 +293,10 @@ mod tests {
             "8.8.8.8.in-addr.arpa.",
             "arpa.",
         ] {
-            assert_eq!(ask(name, RecordType::A), Verdict::Elsewhere, "{name}");
+            assert_eq!(ask(name, RecordType::A), Verdict::Upstream, "{name}");
         }
         for name in ["10.in-addr.arpa.", "2.0.192.in-addr.arpa.", "48.10.in-addr.arpa."] {
-            assert_eq!(ask(name, RecordType::PTR), Verdict::Elsewhere, "{name}");
+            assert_eq!(ask(name, RecordType::PTR), Verdict::Upstream, "{name}");
         }
     }
 

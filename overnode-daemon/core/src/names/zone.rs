@@ -44,11 +44,11 @@ impl Zone {
             return;
         }
         for named in self.nodes.remove(&node).unwrap_or_default() {
-            take_out(&mut self.forward, &backwards(&named.name), &(named.address, node));
-            take_out(&mut self.reverse, &named.address, &(named.name, node));
+            remove_value(&mut self.forward, &reversed(&named.name), &(named.address, node));
+            remove_value(&mut self.reverse, &named.address, &(named.name, node));
         }
         for named in names {
-            self.forward.entry(backwards(&named.name)).or_default().insert((named.address, node));
+            self.forward.entry(reversed(&named.name)).or_default().insert((named.address, node));
             self.reverse.entry(named.address).or_default().insert((named.name.clone(), node));
         }
         if !names.is_empty() {
@@ -63,7 +63,7 @@ impl Zone {
 
     /// Returns the addresses of a name, in random order.
     pub fn addresses(&mut self, name: &str) -> Vec<IpAddr> {
-        let found = self.forward.get(&backwards(name)).into_iter().flatten();
+        let found = self.forward.get(&reversed(name)).into_iter().flatten();
         let found: BTreeSet<IpAddr> = found
             .filter(|(_, node)| self.reachable.contains(node))
             .map(|(address, _)| *address)
@@ -83,7 +83,7 @@ impl Zone {
 
     /// Returns true if the name, or a name below it, has an address.
     pub fn exists(&self, name: &str) -> bool {
-        let first = backwards(name);
+        let first = reversed(name);
         let below = format!("{first}.");
         let counts = |holders: &BTreeSet<(IpAddr, NodeId)>| {
             holders.iter().any(|(_, node)| self.reachable.contains(node))
@@ -117,11 +117,11 @@ impl Zone {
     }
 }
 
-fn backwards(name: &str) -> String {
+fn reversed(name: &str) -> String {
     name.rsplit('.').collect::<Vec<_>>().join(".")
 }
 
-fn take_out<K: Ord, V: Ord>(map: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
+fn remove_value<K: Ord, V: Ord>(map: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
     if let Some(values) = map.get_mut(key) {
         values.remove(value);
         if values.is_empty() {

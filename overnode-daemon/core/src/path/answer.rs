@@ -15,7 +15,7 @@ pub const ANSWER_BURST: u32 = 64;
 /// The state of the answers to one node.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
-    seen: Seen,
+    seen: SizeWindows,
     /// The time until which the answer rate is used up. Each answer adds [`ANSWER_INTERVAL`].
     until: Option<Instant>,
 }
@@ -40,21 +40,21 @@ impl Answers {
 
 /// The largest sizes received in the current window and in the one before.
 #[derive(Debug, Default)]
-struct Seen {
+struct SizeWindows {
     since: Option<Instant>,
-    present: u32,
-    before: u32,
+    current: u32,
+    previous: u32,
 }
 
-impl Seen {
+impl SizeWindows {
     fn record(&mut self, size: u32, now: Instant) {
         self.advance(now);
-        self.present = self.present.max(size);
+        self.current = self.current.max(size);
     }
 
     fn largest(&mut self, now: Instant) -> u32 {
         self.advance(now);
-        self.present.max(self.before)
+        self.current.max(self.previous)
     }
 
     fn advance(&mut self, now: Instant) {
@@ -63,8 +63,8 @@ impl Seen {
             return;
         }
         let is_next = now < since + 2 * SEEN_WINDOW;
-        self.before = if is_next { self.present } else { 0 };
+        self.previous = if is_next { self.current } else { 0 };
         self.since = Some(if is_next { since + SEEN_WINDOW } else { now });
-        self.present = 0;
+        self.current = 0;
     }
 }

@@ -120,7 +120,7 @@ impl Paths {
     pub fn remove_peer(&mut self, id: NodeId) {
         if let Some(peer) = self.peers.remove(&id) {
             self.due.remove(&(peer.poll_timeout(), id));
-            self.measure();
+            self.update_carries();
         }
         self.actions.retain(|action| match action {
             Action::Send { to, .. } => *to != id,
@@ -220,14 +220,14 @@ impl Paths {
         }
         if (before.1, before.2) != (after.1, after.2) {
             self.actions.push_back(Action::Changed { id });
-            self.measure();
+            self.update_carries();
         }
         Some(result)
     }
 
-    fn measure(&mut self) {
-        let living = self.peers.values().filter(|peer| peer.is_alive());
-        let least = living.map(|peer| peer.search.mtu()).min();
+    fn update_carries(&mut self) {
+        let live = self.peers.values().filter(|peer| peer.is_alive());
+        let least = live.map(|peer| peer.search.mtu()).min();
         self.carries = least.map_or(0, |least| u16::try_from(least).unwrap_or(u16::MAX));
     }
 }

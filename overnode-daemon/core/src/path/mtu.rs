@@ -19,11 +19,11 @@ pub const FLOOR: u32 = 512;
 pub const PRECISION: u32 = 8;
 /// Minimum number of probes that must be lost before a size has failed (RFC 8899 section 5.1.2,
 /// `MAX_PROBES`). More are needed on lossy paths.
-pub const TRIES: u32 = 3;
+pub const MIN_TRIES: u32 = 3;
 /// Maximum number of probes per size, regardless of the loss.
-pub const MOST_TRIES: u32 = 12;
+pub const MAX_TRIES: u32 = 12;
 /// Accepted probability that mere loss makes a size fail, 0 to 1.
-const MISTAKE: f32 = 0.001;
+const MAX_CHANCE: f32 = 0.001;
 /// Interval at which a size that works is checked. RFC 8899 asks for less often, but this is how
 /// long a black hole can last.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(30);
@@ -44,7 +44,7 @@ pub(super) struct Search {
     is_confirmed: bool,
     aim: Aim,
     /// Probes of the current size.
-    flights: Vec<Flight>,
+    sent_probes: Vec<SentProbe>,
     /// When the first of them was sent.
     first_sent: Option<Instant>,
     wait: Option<Wait>,
@@ -58,7 +58,7 @@ pub(super) struct Search {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Aim {
     /// Whether the current MTU still works.
-    Keep,
+    Confirm,
     /// Whether the path now carries the largest size.
     Largest,
     /// Whether the path carries [`BASE`] after `high` has failed.
@@ -68,7 +68,7 @@ enum Aim {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Flight {
+struct SentProbe {
     sequence: u64,
     stamp: u64,
 }
@@ -89,8 +89,8 @@ impl Search {
             is_busy: false,
             confirmed_at: None,
             is_confirmed: false,
-            aim: Aim::Keep,
-            flights: Vec::new(),
+            aim: Aim::Confirm,
+            sent_probes: Vec::new(),
             first_sent: None,
             wait: None,
             failures: 0,
@@ -126,18 +126,18 @@ impl Search {
         self.is_confirmed = false;
         self.confirmed_at = None;
         self.raise_at = (self.mtu < self.largest).then_some(now);
-        self.turn_to(Aim::Keep, now);
+        self.turn_to(Aim::Confirm, now);
     }
 
     /// Stops when the path is dead.
     pub(super) fn stop(&mut self) {
-        self.turn(Aim::Keep);
+        self.turn(Aim::Confirm);
         self.next = None;
     }
 
     /// Checks the MTU at once, because large packets seem to vanish.
     pub(super) fn suspect(&mut self, now: Instant) {
-        if self.aim == Aim::Keep && self.wait.is_none() && self.next.is_some() {
+        if self.aim == Aim::Confirm && self.wait.is_none() && self.next.is_some() {
             self.next = Some(now);
         }
     }
@@ -145,7 +145,8 @@ impl Search {
     /// Sets whether containers exchange packets with that node. The MTU is then checked more often.
     pub(super) fn set_busy(&mut self, is_busy: bool, now: Instant) {
         self.is_busy = is_busy;
-        let is_at_rest = self.aim == Aim::Keep && self.wait.is_none() && self.flights.is_empty();
+        let is_at_rest =
+            self.aim == Aim::Confirm && self.wait.is_none() && self.sent_probes.is_empty();
         if is_busy && is_at_rest {
             self.next = self.next.map(|next| next.min(now + BUSY_CHECK_INTERVAL));
         }
@@ -185,7 +186,7 @@ impl Search {
             return None;
         }
         let may_rise = self.is_confirmed && self.raise_at.is_some_and(|at| now >= at);
-        if self.aim == Aim::Keep && may_rise {
+        if self.aim == Aim::Confirm && may_rise {
             self.turn(Aim::Largest);
         }
         Some(self.size())
@@ -199,11 +200,11 @@ impl Search {
         timeout: Duration,
         now: Instant,
     ) {
-        if self.flights.len() >= MOST_TRIES as usize {
-            self.flights.remove(0);
+        if self.sent_probes.len() >= MAX_TRIES as usize {
+            self.sent_probes.remove(0);
         }
         self.first_sent.get_or_insert(now);
-        self.flights.push(Flight { sequence, stamp });
+        self.sent_probes.push(SentProbe { sequence, stamp });
         self.wait = Some(Wait { since: now, has_small_passed: false });
         self.next = Some(now + timeout);
     }
@@ -211,7 +212,7 @@ impl Search {
     /// Handles an answer. Returns true if it is to a probe of this search.
     pub(super) fn handle_answer(&mut self, sequence: u64, stamp: u64, now: Instant) -> bool {
         let is_mine =
-            self.flights.iter().any(|flight| flight.sequence == sequence && flight.stamp == stamp);
+            self.sent_probes.iter().any(|probe| probe.sequence == sequence && probe.stamp == stamp);
         if is_mine {
             self.pass(now);
         }
@@ -247,7 +248,7 @@ impl Search {
 
     fn size(&self) -> u32 {
         match self.aim {
-            Aim::Keep => self.mtu,
+            Aim::Confirm => self.mtu,
             Aim::Largest => self.largest,
             Aim::Base { .. } => BASE,
             Aim::Between { low, high } => low + ((high - low) / 2).next_multiple_of(PRECISION),
@@ -260,7 +261,7 @@ impl Search {
         self.is_confirmed = true;
         self.confirmed_at = Some(now);
         match self.aim {
-            Aim::Keep => self.rest(now),
+            Aim::Confirm => self.rest(now),
             Aim::Largest => {
                 self.raise_at = None;
                 self.rest(now);
@@ -271,27 +272,27 @@ impl Search {
 
     fn fail(&mut self, now: Instant) -> Option<u32> {
         let size = self.size();
-        let believed = (self.aim == Aim::Keep).then_some(size);
+        let assumed = (self.aim == Aim::Confirm).then_some(size);
         match self.aim {
             Aim::Largest => self.narrow(self.mtu, size, now),
             Aim::Between { low, .. } => self.narrow(low, size, now),
-            Aim::Keep if size > BASE => {
+            Aim::Confirm if size > BASE => {
                 self.mtu = BASE;
                 self.is_confirmed = false;
                 self.turn_to(Aim::Base { high: size }, now);
             }
-            Aim::Keep | Aim::Base { .. } if size > FLOOR => {
+            Aim::Confirm | Aim::Base { .. } if size > FLOOR => {
                 self.mtu = FLOOR;
                 self.is_confirmed = false;
                 self.narrow(FLOOR, size, now);
             }
-            Aim::Keep | Aim::Base { .. } => {
+            Aim::Confirm | Aim::Base { .. } => {
                 self.is_confirmed = false;
                 self.raise_at = Some(now + RAISE_INTERVAL);
                 self.rest(now);
             }
         }
-        believed
+        assumed
     }
 
     fn narrow(&mut self, low: u32, high: u32, now: Instant) {
@@ -299,13 +300,13 @@ impl Search {
             self.turn_to(Aim::Between { low, high }, now);
         } else {
             self.raise_at = Some(now + RAISE_INTERVAL);
-            if self.is_confirmed { self.rest(now) } else { self.turn_to(Aim::Keep, now) }
+            if self.is_confirmed { self.rest(now) } else { self.turn_to(Aim::Confirm, now) }
         }
     }
 
     fn rest(&mut self, now: Instant) {
         let check = now + if self.is_busy { BUSY_CHECK_INTERVAL } else { CHECK_INTERVAL };
-        self.turn_to(Aim::Keep, self.raise_at.map_or(check, |at| at.clamp(now, check)));
+        self.turn_to(Aim::Confirm, self.raise_at.map_or(check, |at| at.clamp(now, check)));
     }
 
     fn turn_to(&mut self, aim: Aim, next: Instant) {
@@ -315,7 +316,7 @@ impl Search {
 
     fn turn(&mut self, aim: Aim) {
         self.aim = aim;
-        self.flights.clear();
+        self.sent_probes.clear();
         self.first_sent = None;
         self.wait = None;
         self.failures = 0;
@@ -325,13 +326,13 @@ impl Search {
 /// Returns the number of lost probes after which chance is an unlikely cause.
 fn tries(loss: f32) -> u32 {
     let mut chance = 1.0;
-    for tries in 0..MOST_TRIES {
-        if chance <= MISTAKE {
-            return tries.max(TRIES);
+    for tries in 0..MAX_TRIES {
+        if chance <= MAX_CHANCE {
+            return tries.max(MIN_TRIES);
         }
         chance *= loss;
     }
-    MOST_TRIES
+    MAX_TRIES
 }
 
 #[cfg(test)]

@@ -212,7 +212,7 @@ impl Peer {
         }
         let is_due = now >= self.next || self.extra_request_at().is_some_and(|at| now >= at);
         if is_due || size.is_some() {
-            self.ask(now, rng, probes);
+            self.send_request(now, rng, probes);
             self.next = now + jittered(self.interval(now, is_crowded), rng);
         }
     }
@@ -230,12 +230,12 @@ impl Peer {
 
     /// Handles an inner packet of that size that the kernel refused to send.
     pub(super) fn handle_unsent(&mut self, size: u32, now: Instant) {
-        let failpoint = if self.search.handle_unsent(size, now) {
+        let fault = if self.search.handle_unsent(size, now) {
             Fault::TooLarge(size)
         } else {
             Fault::Unsent
         };
-        self.last_error = Some((failpoint, now));
+        self.last_error = Some((fault, now));
     }
 
     fn handle_answer(&mut self, probe: Probe, now: Instant) -> Outcome {
@@ -271,7 +271,7 @@ impl Peer {
         if self.is_alive {
             return;
         }
-        if is_first || (now >= good_since + self.hold() && self.has_row(now)) {
+        if is_first || (now >= good_since + self.hold() && self.has_answers_in_a_row(now)) {
             self.is_alive = true;
             self.since = now;
             let wait = self.rtt.wait();
@@ -296,7 +296,7 @@ impl Peer {
         self.last_error = Some((Fault::Silent, now));
     }
 
-    fn ask(&mut self, now: Instant, rng: &mut StdRng, probes: &mut Vec<Probe>) {
+    fn send_request(&mut self, now: Instant, rng: &mut StdRng, probes: &mut Vec<Probe>) {
         let probe = self.probe(SMALLEST, now, rng);
         if self.requests.len() >= HISTORY {
             self.requests.pop_front();
@@ -329,13 +329,13 @@ impl Peer {
         let is_new = self.last_heard.is_none() && now < self.added + FAST_START;
         let is_missing =
             self.is_alive && self.silence.is_some_and(|it| now >= it.since + self.rtt.wait());
-        let comes_back = !self.is_alive && self.good_since.is_some();
+        let is_recovering = !self.is_alive && self.good_since.is_some();
         let is_held = self.good_since.is_some_and(|since| now < since + self.hold());
         match () {
             () if is_missing && self.loss() > LOSSY => LOSSY_INTERVAL,
             () if is_new || is_missing => FAST_INTERVAL,
-            () if comes_back && !is_held => FAST_INTERVAL,
-            () if comes_back || self.is_busy || !is_crowded => INTERVAL,
+            () if is_recovering && !is_held => FAST_INTERVAL,
+            () if is_recovering || self.is_busy || !is_crowded => INTERVAL,
             () => STRETCHED_INTERVAL,
         }
     }
@@ -359,7 +359,7 @@ impl Peer {
         }
     }
 
-    fn has_row(&self, now: Instant) -> bool {
+    fn has_answers_in_a_row(&self, now: Instant) -> bool {
         let recent =
             self.requests.iter().rev().take_while(|request| now < request.sent + ROW_WITHIN);
         let mut row = 0;

@@ -72,10 +72,10 @@ pub enum BadProbe {
     #[error("not a probe")]
     Malformed,
     /// The size in the probe is not the received one, or out of range.
-    #[error("a probe that claims {said} bytes arrived with {received}")]
+    #[error("a probe that claims {claimed} bytes arrived with {received}")]
     Size {
         /// The size in the probe.
-        said: u32,
+        claimed: u32,
         /// The received size.
         received: u32,
     },
@@ -123,7 +123,7 @@ impl Probe {
         };
         let size = u32::from_be_bytes(*size);
         if size != received || !(SMALLEST..=LARGEST).contains(&size) {
-            return Err(BadProbe::Size { said: size, received });
+            return Err(BadProbe::Size { claimed: size, received });
         }
         Ok(Self {
             kind,
@@ -188,13 +188,13 @@ mod tests {
             assert_eq!(with(0, kind), Err(BadProbe::Malformed));
         }
         assert_eq!(with(1, 2), Err(BadProbe::Version(2)));
-        assert_eq!(with(4, 1), Err(BadProbe::Size { said: 0x0100_003c, received: 60 }));
-        assert_eq!(Probe::decode(&good, 61), Err(BadProbe::Size { said: 60, received: 61 }));
+        assert_eq!(with(4, 1), Err(BadProbe::Size { claimed: 0x0100_003c, received: 60 }));
+        assert_eq!(Probe::decode(&good, 61), Err(BadProbe::Size { claimed: 60, received: 61 }));
         let small = with(7, 10);
-        assert_eq!(small, Err(BadProbe::Size { said: 10, received: 60 }));
+        assert_eq!(small, Err(BadProbe::Size { claimed: 10, received: 60 }));
         let mut bytes = good.clone();
         bytes[7] = 10;
-        assert_eq!(Probe::decode(&bytes, 10), Err(BadProbe::Size { said: 10, received: 10 }));
+        assert_eq!(Probe::decode(&bytes, 10), Err(BadProbe::Size { claimed: 10, received: 10 }));
     }
 
     proptest! {

@@ -70,16 +70,16 @@ pub fn choose(own: NodeId, graph: &Graph) -> BTreeMap<NodeId, Route> {
         let mut next = BTreeMap::new();
         for id in &far {
             let Some(links) = graph.links.get(id) else { continue };
-            let says_so =
+            let reports_link =
                 |other: &NodeId| graph.links.get(other).is_some_and(|links| links.contains(id));
             let relays: BTreeSet<_> = if ring.len() < links.len() {
                 let nearer =
-                    ring.iter().filter(|(other, _)| links.contains(other) && says_so(other));
+                    ring.iter().filter(|(other, _)| links.contains(other) && reports_link(other));
                 nearer.flat_map(|(_, relays)| relays).copied().collect()
             } else {
                 let nearer = links.iter().filter_map(|other| ring.get_key_value(other));
                 nearer
-                    .filter(|(other, _)| says_so(other))
+                    .filter(|(other, _)| reports_link(other))
                     .flat_map(|(_, relays)| relays)
                     .copied()
                     .collect()

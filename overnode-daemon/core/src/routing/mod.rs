@@ -32,7 +32,7 @@
 //!
 //! Any node can claim addresses that no other node has announced yet. Proof of ownership, a grant
 //! signed by the lender, will come between rules 1 and 2. It will then outrank any earlier
-//! announcement without one. Its place is in [`Claim`], in front of `rank`.
+//! announcement without one. It will be a field of [`Claim`] before `rank`.
 //!
 //! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
 //! [`Routing::set_reachable`], [`Routing::set_reclaimed`]. [`Routing::update`] then decides.
@@ -68,7 +68,7 @@ pub const MAX_CONFLICTS: usize = 32;
 const MAX_EARLIER: usize = 512;
 /// Minimum time between two computations of the table, per prefix in it. Otherwise a member with
 /// many changing announcements could keep the node from all other work.
-const PACE: Duration = Duration::from_micros(2);
+const MIN_UPDATE_TIME: Duration = Duration::from_micros(2);
 
 /// Decides which prefixes are routed to which node.
 #[derive(Clone, Debug)]
@@ -183,7 +183,7 @@ impl Routing {
         node.foreign.clear();
         let mut announced = BTreeSet::new();
         for range in record.ranges.iter().map(IpNet::trunc) {
-            match self.place(record.id, range) {
+            match self.classify(record.id, range) {
                 RangeKind::Own => node.own.push(range),
                 RangeKind::Block => _ = announced.insert(range),
                 RangeKind::OwnHalf(other) => node.foreign.push((range, other)),
@@ -203,7 +203,7 @@ impl Routing {
         let blocks = ranges
             .iter()
             .copied()
-            .filter(|range| matches!(self.place(self.own, *range), RangeKind::Block));
+            .filter(|range| matches!(self.classify(self.own, *range), RangeKind::Block));
         let own: Vec<_> = blocks.chain(claims.iter().copied().map(IpNet::from)).collect();
         if self.own_space != own {
             self.own_space = own;
@@ -257,7 +257,7 @@ impl Routing {
     /// Returns when to call [`Self::update`] next, or when [`Self::conflicts`] may report more.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let updated = self.updated?;
-        let old = self.is_stale.then(|| updated + PACE * self.table.prefixes);
+        let old = self.is_stale.then(|| updated + MIN_UPDATE_TIME * self.table.prefixes);
         let ends = self.nodes.values().filter_map(Node::absent_from).filter(|at| *at > updated);
         let settled = self.table.conflicts.values().map(|(_, _, since)| *since + SETTLE);
         let settled = settled.filter(|at| *at > updated);
@@ -299,7 +299,7 @@ impl Routing {
     fn is_due(&self, now: Instant) -> bool {
         let Some(updated) = self.updated else { return true };
         self.poll_timeout().is_some_and(|at| at <= now)
-            && (!self.is_stale || updated + PACE * self.table.prefixes <= now)
+            && (!self.is_stale || updated + MIN_UPDATE_TIME * self.table.prefixes <= now)
     }
 
     fn was_taken_back(&self, id: NodeId, node: &Node) -> bool {
@@ -307,7 +307,7 @@ impl Routing {
     }
 
     /// Classifies an announced range by its position in the layout.
-    fn place(&self, announcer: NodeId, range: IpNet) -> RangeKind {
+    fn classify(&self, announcer: NodeId, range: IpNet) -> RangeKind {
         if self.layout.own_part(announcer).is_some_and(|own| own.contains(&range)) {
             return RangeKind::Own;
         }
@@ -389,7 +389,7 @@ impl Node {
     fn announce(&mut self, announced: &BTreeSet<IpNet>, rank: u64) -> bool {
         let mut standing: BTreeMap<IpNet, u64> = BTreeMap::new();
         for (prefix, rank) in std::mem::take(&mut self.standing) {
-            if around(prefix).any(|net| announced.contains(&net)) {
+            if covering(prefix).any(|net| announced.contains(&net)) {
                 let known = standing.entry(prefix).or_insert(rank);
                 *known = rank.min(*known);
                 continue;
@@ -404,14 +404,14 @@ impl Node {
         let mut is_new = false;
         for prefix in announced {
             if !standing.contains_key(prefix) {
-                let earlier = around(*prefix).filter_map(|net| standing.get(&net).copied()).min();
+                let earlier = covering(*prefix).filter_map(|net| standing.get(&net).copied()).min();
                 is_new |= earlier.is_none();
                 standing.insert(*prefix, earlier.unwrap_or(rank));
             }
         }
         // An earlier shape matters only where its rank is better than the current one.
         let best = |prefix: IpNet| {
-            let present = around(prefix).filter(|net| announced.contains(net));
+            let present = covering(prefix).filter(|net| announced.contains(net));
             present.filter_map(|net| standing.get(&net).copied()).min()
         };
         let mut earlier: Vec<_> =
@@ -426,7 +426,7 @@ impl Node {
 }
 
 /// Returns a prefix and all prefixes that contain it.
-fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
+fn covering(prefix: IpNet) -> impl Iterator<Item = IpNet> {
     std::iter::successors(Some(prefix), IpNet::supernet)
 }
 

@@ -324,12 +324,12 @@ fn each_address_belongs_to_the_first_present_node() {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut view = View::new();
         let mut models: BTreeMap<Ipv4Addr, Model> = BTreeMap::new();
-        let mut said: BTreeMap<u16, Vec<IpNet>> = BTreeMap::new();
+        let mut announced: BTreeMap<u16, Vec<IpNet>> = BTreeMap::new();
         for step in 1..60 {
             let number = rng.random_range(5..10);
             match rng.random_range(0..10) {
                 0 => view.reach(number, false),
-                1 if said.contains_key(&number) => view.reach(number, true),
+                1 if announced.contains_key(&number) => view.reach(number, true),
                 2 => view.pass(GRACE),
                 _ => {
                     let count = rng.random_range(0..4);
@@ -341,7 +341,7 @@ fn each_address_belongs_to_the_first_present_node() {
                         })
                         .collect();
                     if rng.random_bool(0.5) {
-                        ranges.extend(said.get(&number).into_iter().flatten().copied());
+                        ranges.extend(announced.get(&number).into_iter().flatten().copied());
                     }
                     if rng.random_bool(0.5) {
                         ranges = IpNet::aggregate(&ranges);
@@ -356,7 +356,7 @@ fn each_address_belongs_to_the_first_present_node() {
                         }
                     }
                     let record = Record { ranges: ranges.clone(), ..record(number, &[], &[]) };
-                    said.insert(number, ranges);
+                    announced.insert(number, ranges);
                     view.reached.insert(id(number));
                     view.learn(&record);
                 }

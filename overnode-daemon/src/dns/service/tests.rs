@@ -126,7 +126,7 @@ fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
     let begin = |bytes: &[u8]| match service.begin(bytes, FROM, Transport::Udp) {
         Step::Ignore => None,
         Step::Send(reply) => {
-            assert_eq!(reply.len(), HEADER);
+            assert_eq!(reply.len(), HEADER_LEN);
             assert_eq!(reply[..2], bytes[..2]);
             Some(Message::from_vec(&reply).unwrap().metadata.response_code)
         }
@@ -137,12 +137,12 @@ fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
         bytes[at] = value;
         begin(&bytes)
     };
-    for short in 0..HEADER {
+    for short in 0..HEADER_LEN {
         assert_eq!(begin(&good[..short]), None);
     }
     assert_eq!(altered(2, 0x81), None, "a response");
     assert_eq!(altered(2, 0x29), Some(ResponseCode::NotImp), "an update");
-    for cut in HEADER..good.len() {
+    for cut in HEADER_LEN..good.len() {
         assert_eq!(begin(&good[..cut]), Some(ResponseCode::FormErr), "truncated at {cut}");
     }
     for (at, value) in
@@ -151,7 +151,7 @@ fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
         assert_eq!(altered(at, value), Some(ResponseCode::FormErr), "{value} at {at}");
     }
     // A compressed name that points to itself.
-    let pointer = [&good[..HEADER], &[0xc0, 12, 0, 1, 0, 1]].concat();
+    let pointer = [&good[..HEADER_LEN], &[0xc0, 12, 0, 1, 0, 1]].concat();
     assert_eq!(begin(&pointer), Some(ResponseCode::FormErr));
     assert_eq!(service.counts().queries, 0);
     assert!(service.counts().refused > 20);
@@ -182,17 +182,17 @@ fn forwarding_is_limited_and_only_on_request() {
     let mut waiting = Vec::new();
     for container in 0..20_u8 {
         let from = IpAddr::from([10, 40, 0, container]);
-        for _ in 0..2 * PENDING_OF_ONE {
+        for _ in 0..2 * MAX_PENDING_OF_ONE {
             if let Step::Ask(pending) = service.begin(&query, from, Transport::Udp) {
                 waiting.push(pending);
             }
         }
-        assert_eq!(waiting.len(), (usize::from(container) + 1) * PENDING_OF_ONE);
-        if waiting.len() == PENDING {
+        assert_eq!(waiting.len(), (usize::from(container) + 1) * MAX_PENDING_OF_ONE);
+        if waiting.len() == MAX_PENDING {
             break;
         }
     }
-    assert_eq!(waiting.len(), PENDING);
+    assert_eq!(waiting.len(), MAX_PENDING);
     assert!(matches!(
         service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp),
         Step::Send(_)
@@ -210,7 +210,7 @@ proptest! {
         let service = service();
         for transport in [Transport::Udp, Transport::Tcp] {
             if let Step::Send(reply) = service.begin(&bytes, FROM, transport) {
-                prop_assert!(transport == Transport::Tcp || reply.len() <= usize::from(UDP_BYTES));
+                prop_assert!(transport == Transport::Tcp || reply.len() <= usize::from(MAX_UDP_BYTES));
                 prop_assert!(Message::from_vec(&reply).is_ok());
             }
         }
@@ -223,13 +223,13 @@ proptest! {
         let service = service();
         let query = with_edns(query("many.overnode.local.", RecordType::ANY), 1232);
         let mut bytes = query.to_vec().unwrap();
-        for (place, value) in &flips {
-            let place = place.index(bytes.len());
-            bytes[place] ^= value;
+        for (index, value) in &flips {
+            let at = index.index(bytes.len());
+            bytes[at] ^= value;
         }
         if let Step::Send(reply) = service.begin(&bytes, FROM, Transport::Udp) {
             prop_assert_eq!(&reply[..2], &bytes[..2]);
-            prop_assert!(reply.len() <= usize::from(UDP_BYTES));
+            prop_assert!(reply.len() <= usize::from(MAX_UDP_BYTES));
             let reply = Message::from_vec(&reply).unwrap();
             let is_unsupported = reply.metadata.response_code == ResponseCode::NotImp;
             prop_assert!(reply.metadata.op_code == OpCode::Query || is_unsupported);

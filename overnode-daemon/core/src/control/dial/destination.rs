@@ -17,7 +17,7 @@ pub(super) struct Destination {
     /// The node that answered last.
     pub leads_to: Option<NodeId>,
     pub last_error: Option<(String, Instant)>,
-    patience: Duration,
+    head_start: Duration,
     pause: Duration,
 }
 
@@ -34,15 +34,15 @@ pub(super) enum State {
 }
 
 impl Destination {
-    /// Creates a destination that is first dialed after `patience`. [`Self::try_at_once`] waits for
-    /// `patience`, too.
-    pub fn new(addresses: Vec<SocketAddr>, patience: Duration, now: Instant) -> Self {
+    /// Creates a destination that is first dialed after `head_start`. [`Self::try_at_once`] waits for
+    /// `head_start`, too.
+    pub fn new(addresses: Vec<SocketAddr>, head_start: Duration, now: Instant) -> Self {
         Self {
             addresses,
-            state: State::Waiting { until: now + patience },
+            state: State::Waiting { until: now + head_start },
             leads_to: None,
             last_error: None,
-            patience,
+            head_start,
             pause: FIRST_PAUSE,
         }
     }
@@ -58,7 +58,7 @@ impl Destination {
         match self.state {
             State::Dialing(_) => {}
             State::Waiting { .. } | State::Myself => {
-                self.state = State::Waiting { until: now + self.patience }
+                self.state = State::Waiting { until: now + self.head_start }
             }
         }
     }

@@ -47,7 +47,7 @@ impl Bench {
         std::iter::from_fn(|| self.dialer.poll_action()).collect()
     }
 
-    /// Returns the attempts that were started, with their ID and place.
+    /// Returns the attempts that were started, with their ID and target.
     fn dials(&mut self) -> Vec<(AttemptId, DialTarget)> {
         let actions = self.actions();
         actions
@@ -220,9 +220,9 @@ fn targets_are_forgotten_and_replaced() {
     );
     assert_eq!(bench.dialer.connection(id(2)), Some(connection), "it stays connected");
     bench.dialer.handle_lost(connection, "gone", bench.now + LONG_LIVED);
-    let places: Vec<_> = bench.dials().into_iter().map(|(_, place)| place).collect();
+    let targets: Vec<_> = bench.dials().into_iter().map(|(_, target)| target).collect();
     let expected = ["host4", "host1"].map(|name| DialTarget::Name(name.into()));
-    assert_eq!(places, expected, "host3 is being dialed already, host2 is forgotten");
+    assert_eq!(targets, expected, "host3 is being dialed already, host2 is forgotten");
 }
 
 #[test]
@@ -323,9 +323,9 @@ fn permutations(count: usize) -> Vec<Vec<usize>> {
         all = all
             .into_iter()
             .flat_map(|order: Vec<usize>| {
-                (0..=order.len()).map(move |place| {
+                (0..=order.len()).map(move |at| {
                     let mut longer = order.clone();
-                    longer.insert(place, next);
+                    longer.insert(at, next);
                     longer
                 })
             })

@@ -238,11 +238,11 @@ fn the_answer_contains_a_mac_address_only_if_the_node_chose_it() {
         assert_eq!(interface.address, "");
         assert_eq!(interface.mac_address.is_empty(), !given.is_empty(), "{interface:?}");
         let kept = world.plan.by_endpoint(endpoint).unwrap().engine.clone().unwrap().mac;
-        let told = if given.is_empty() { &interface.mac_address } else { given };
-        assert_eq!(parse_mac(told), Some(kept));
+        let mac = if given.is_empty() { &interface.mac_address } else { given };
+        assert_eq!(parse_mac(mac), Some(kept));
         // An engine that repeats the address it was told must not get it back in the answer.
-        let told = told.to_owned();
-        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &told))
+        let mac = mac.to_owned();
+        let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &mac))
         else {
             panic!()
         };

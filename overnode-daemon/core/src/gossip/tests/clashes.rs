@@ -95,8 +95,8 @@ fn the_id_of_a_reachable_node_cannot_be_taken_and_both_are_told() {
                 format!("host{victim}")
             );
         }
-        let told = |number| world.clashes.contains(&(id(number), id(victim)));
-        assert!(to == victim || told(to), "{liar} lies about {victim}: {:?}", world.clashes);
+        let is_reported = |number| world.clashes.contains(&(id(number), id(victim)));
+        assert!(to == victim || is_reported(to), "{liar} lies about {victim}: {:?}", world.clashes);
         assert_eq!(world.contested, BTreeSet::from([id(victim)]), "{liar} lies about {victim}");
     }
 }
@@ -185,11 +185,11 @@ impl Hosts {
             Action::Send { to, message } => {
                 self.messages += 1;
                 let sender = host.own().id;
-                let leads = |place: &usize| {
-                    self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to
+                let leads = |index: &usize| {
+                    self.links.contains(&(from, *index)) && self.hosts[*index].own().id == to
                 };
-                if let Some(place) = (0..self.hosts.len()).find(leads) {
-                    self.hosts[place].handle_message(sender, &message.encode(), self.now).unwrap();
+                if let Some(index) = (0..self.hosts.len()).find(leads) {
+                    self.hosts[index].handle_message(sender, &message.encode(), self.now).unwrap();
                 }
             }
             Action::Contested(rival) => {
@@ -202,12 +202,12 @@ impl Hosts {
                 self.clashes[from] += 1;
             }
             Action::SendRouted { to, routed } => {
-                let leads = |place: &usize| {
-                    self.links.contains(&(from, *place)) && self.hosts[*place].own().id == to
+                let leads = |index: &usize| {
+                    self.links.contains(&(from, *index)) && self.hosts[*index].own().id == to
                 };
-                if let Some(place) = (0..self.hosts.len()).find(leads) {
+                if let Some(index) = (0..self.hosts.len()).find(leads) {
                     let sender = self.hosts[from].own().id;
-                    self.hosts[place].handle_routed(sender, &routed.encode(), self.now).unwrap();
+                    self.hosts[index].handle_routed(sender, &routed.encode(), self.now).unwrap();
                 }
             }
             Action::Deliver(routed) => panic!("unexpected routed message: {routed:?}"),
@@ -248,11 +248,11 @@ fn two_hosts_with_one_id_joined_by_gossip_are_told_and_neither_spreads() {
         net.clashes
     );
     net.run(Duration::from_secs(295));
-    for place in 0..6 {
-        let expected = if [0, 1, 4].contains(&place) { identity(7) } else { identity(66) };
-        assert_eq!(net.hosts[place].record(id(7)).unwrap().verifying_key, expected, "host {place}");
+    for index in 0..6 {
+        let expected = if [0, 1, 4].contains(&index) { identity(7) } else { identity(66) };
+        assert_eq!(net.hosts[index].record(id(7)).unwrap().verifying_key, expected, "host {index}");
         assert!(
-            net.contested[place] <= 25 && net.clashes[place] <= 25,
+            net.contested[index] <= 25 && net.clashes[index] <= 25,
             "{:?} {:?}",
             net.contested,
             net.clashes
@@ -268,7 +268,7 @@ fn two_hosts_with_one_id_that_hear_each_other_are_told_at_a_bounded_rate() {
     for host in &mut hosts {
         host.handle_connected(id(1), identity(1), now);
     }
-    let (mut told, mut messages) = ([0, 0], 0);
+    let (mut reports, mut messages) = ([0, 0], 0);
     for _ in 0..1000 {
         now += Duration::from_millis(10);
         for (from, to) in [(0, 1), (1, 0)] {
@@ -279,13 +279,13 @@ fn two_hosts_with_one_id_that_hear_each_other_are_told_at_a_bounded_rate() {
                         messages += 1;
                         hosts[to].handle_message(id(1), &message.encode(), now).unwrap();
                     }
-                    Action::Contested(_) => told[from] += 1,
+                    Action::Contested(_) => reports[from] += 1,
                     other => panic!("{other:?}"),
                 }
             }
         }
     }
-    assert!(told.iter().all(|times| (3..=11).contains(times)), "told {told:?} times in 10 s");
+    assert!(reports.iter().all(|times| (3..=11).contains(times)), "{reports:?} reports in 10 s");
     assert!(messages < 60, "{messages} messages in 10 s");
 }
 

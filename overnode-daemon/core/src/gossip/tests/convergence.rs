@@ -34,18 +34,18 @@ fn in_a_mesh_no_node_forwards_records() {
 fn a_node_that_gains_many_links_does_not_announce_each() {
     let mut now = Instant::now();
     let mut gossip = gossip(record(1, 1), now);
-    let mut told = 0;
+    let mut sent = 0;
     let mut versions = BTreeSet::new();
     for number in 2..1002 {
         gossip.handle_connected(id(number), identity(1), now);
         now += Duration::from_millis(5);
         gossip.handle_timeout(now);
-        told += std::iter::from_fn(|| gossip.poll_action())
+        sent += std::iter::from_fn(|| gossip.poll_action())
             .filter(|action| matches!(action, Action::Send { message: Message::Delta(_), .. }))
             .count();
         versions.insert(gossip.own().version);
     }
-    assert!(told < 6000, "{told} records sent; announcing each link would take 500,000");
+    assert!(sent < 6000, "{sent} records sent; announcing each link would take 500,000");
     assert!(versions.len() < 20, "{} versions", versions.len());
     // A single change later is published after [`COLLECT`].
     now += Duration::from_secs(10);

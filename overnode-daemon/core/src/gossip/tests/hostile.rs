@@ -1,5 +1,5 @@
 use super::*;
-use crate::gossip::budget::{ROOM, SHARED, STRANGERS, weight};
+use crate::gossip::budget::{MAX_UNREACHED, RESERVED_BYTES, SHARED_BYTES, weight};
 use crate::gossip::limit::{BURST_BYTES, BURST_MESSAGES, MESSAGES_PER_SECOND};
 use crate::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
 
@@ -178,8 +178,8 @@ fn a_member_fills_the_memory_of_others_with_invented_nodes() {
     tell(&mut world, 1, 2, &all).unwrap();
     let now = world.now;
     assert!(world.node(2).is_full(now));
-    let strangers = taken(world.node(2)) - before;
-    assert!(strangers <= budget::STRANGER_BYTES, "{strangers} bytes of unknown nodes");
+    let unreached = taken(world.node(2)) - before;
+    assert!(unreached <= budget::MAX_UNREACHED_BYTES, "{unreached} bytes of unknown nodes");
     // The member claims to be connected with them.
     world.now += Duration::from_secs(300);
     let mut liar = world.node(2).record(id(1)).unwrap().clone();
@@ -188,10 +188,14 @@ fn a_member_fills_the_memory_of_others_with_invented_nodes() {
     tell(&mut world, 1, 2, &[signed(liar, 1)]).unwrap();
     tell(&mut world, 1, 2, &all).unwrap();
     let taken_now = taken(world.node(2));
-    assert!(taken_now > SHARED / 2, "{taken_now}");
-    assert!(taken_now <= SHARED + ROOM * world.node(2).records().count(), "{taken_now}");
+    assert!(taken_now > SHARED_BYTES / 2, "{taken_now}");
+    assert!(
+        taken_now <= SHARED_BYTES + RESERVED_BYTES * world.node(2).records().count(),
+        "{taken_now}"
+    );
     let others = world.node(2).records().filter(|record| record.id != id(2));
-    let beyond_room = others.map(|record| weight(record).saturating_sub(ROOM)).sum::<usize>();
+    let beyond_room =
+        others.map(|record| weight(record).saturating_sub(RESERVED_BYTES)).sum::<usize>();
     assert_eq!(world.node(2).budget.shared(), beyond_room);
     // New records of honest nodes are still accepted, and so are their tombstones.
     let now = world.now;
@@ -216,8 +220,8 @@ fn a_member_crowds_out_others_with_invented_unreachable_nodes() {
     world.assert_converges_within(Duration::from_secs(5), 1);
     let all: Vec<Record> = (10..600).map(|number| record(number, 1)).collect();
     tell(&mut world, 1, 2, &all).unwrap();
-    assert_eq!(world.node(2).records().count(), 3 + STRANGERS);
-    // A node that is reached through another one does not count as a stranger, and neither does one
+    assert_eq!(world.node(2).records().count(), 3 + MAX_UNREACHED);
+    // A node that is reached through another one counts as reached, and neither does one
     // that connects.
     world.connect(id(3), id(700));
     world.run(COMPARE_INTERVAL * 4);
@@ -235,8 +239,8 @@ fn a_member_crowds_out_others_with_invented_unreachable_nodes() {
         .collect();
     let mut again = gossip(record(2, 2), world.now);
     again.restore(known);
-    assert!(!again.budget.is_stranger(id(700)));
-    assert_eq!(again.records().count(), 5 + STRANGERS);
+    assert!(!again.budget.is_unreached(id(700)));
+    assert_eq!(again.records().count(), 5 + MAX_UNREACHED);
 }
 
 /// The owner was reset or is away, and comes back with other keys or with the same ones.
@@ -295,13 +299,13 @@ fn a_member_makes_honest_neighbors_flood_each_other_with_flapping_links() {
     world.mesh();
     world.assert_converges_within(Duration::from_secs(5), 1);
     let mut lie = Record { incarnation: 5, ..blank(700, 1) };
-    let (now, mut told, mut sent) = (world.now, 0, 0);
-    while told < 3 * BURST_MESSAGES / 4 {
+    let (now, mut received, mut sent) = (world.now, 0, 0);
+    while received < 3 * BURST_MESSAGES / 4 {
         lie.version += 1;
         lie.links = if lie.version.is_multiple_of(2) { vec![id(1), id(3)] } else { Vec::new() };
         let message = Message::Delta(vec![signed(lie.clone(), 700)]).encode();
         world.node(2).handle_message(id(1), &message, now).unwrap();
-        told += 1;
+        received += 1;
         while let Some(action) = world.node(2).poll_action() {
             sent += u64::from(matches!(action, Action::Send { to, .. } if to == id(3)));
         }

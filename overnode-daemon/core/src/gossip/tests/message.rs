@@ -193,9 +193,9 @@ proptest! {
             Message::Request((1..50).map(id).collect()),
         ] {
             let mut bytes = message.encode();
-            for (place, value) in &flips {
-                let place = place.index(bytes.len());
-                bytes[place] ^= value;
+            for (index, value) in &flips {
+                let at = index.index(bytes.len());
+                bytes[at] ^= value;
             }
             let _ = gossip.handle_message(id(2), &bytes, now);
             gossip.handle_timeout(now + Duration::from_secs(40));

@@ -14,7 +14,7 @@ fn routed() -> RoutedMessage {
         kind: KIND_ALLOCATION,
         serial: (1_700_000_000_000, 258),
         receiver: 1_700_000_000_001,
-        signature: Signature(std::array::from_fn(|place| place as u8)),
+        signature: Signature(std::array::from_fn(|index| index as u8)),
         body: b"give".to_vec(),
     }
 }
@@ -147,16 +147,16 @@ fn a_routed_message_arrives_once_and_unchanged() {
     world.chain(3);
     world.assert_converges_within(Duration::from_secs(5), 6);
     let now = world.now;
-    let mut made = Vec::new();
+    let mut sent = Vec::new();
     for body in [b"one", b"two"] {
         world.node(1).send_routed(id(3), 1, body.to_vec()).unwrap();
         let Some(Action::SendRouted { to, routed }) = world.node(1).poll_action() else { panic!() };
         assert_eq!(to, id(2));
-        made.push(routed);
+        sent.push(routed);
     }
     // The relay, which has the token like all members, modifies the message.
     let forge = |change: fn(&mut RoutedMessage)| {
-        let mut forged = made[0].clone();
+        let mut forged = sent[0].clone();
         change(&mut forged);
         forged.encode()
     };
@@ -172,12 +172,12 @@ fn a_routed_message_arrives_once_and_unchanged() {
         let outcome = world.node(3).handle_routed(id(2), &forged, now);
         assert!(matches!(outcome, Ok(Some(Undelivered::Unsigned(_)))), "{outcome:?}");
     }
-    let mut hear =
+    let mut receive =
         |routed: &RoutedMessage| world.node(3).handle_routed(id(2), &routed.encode(), now).unwrap();
-    assert_eq!(hear(&made[0]), None);
-    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
-    assert_eq!(hear(&made[1]), None);
-    assert_eq!(hear(&made[0]), Some(Undelivered::Late(id(1))));
+    assert_eq!(receive(&sent[0]), None);
+    assert_eq!(receive(&sent[0]), Some(Undelivered::Late(id(1))));
+    assert_eq!(receive(&sent[1]), None);
+    assert_eq!(receive(&sent[0]), Some(Undelivered::Late(id(1))));
     world.collect();
     assert_eq!(world.delivered.len(), 2);
     // After a restart the sender counts from 1 again, in a later incarnation.
@@ -221,13 +221,13 @@ fn routed_messages_out_of_bounds_are_refused() {
     assert_eq!(refused(|it| it.to = it.from), BadRoutedMessage::Circle);
     assert_eq!(refused(|it| it.body = vec![0; MAX_BODY + 1]), BadRoutedMessage::Body(MAX_BODY + 1));
     let good = routed().encode();
-    for (place, value, expected) in [
+    for (index, value, expected) in [
         (0, FORMAT + 1, BadRoutedMessage::Format(FORMAT + 1)),
         (4, 0, BadRoutedMessage::Id(0)),
         (5, 0x10, BadRoutedMessage::Id(0x102c)),
     ] {
         let mut bad = good.clone();
-        bad[place] = value;
+        bad[index] = value;
         assert_eq!(RoutedMessage::decode(&bad), Err(expected));
     }
     for length in 0..good.len() - routed().body.len() {

@@ -172,7 +172,7 @@ fn a_late_request_of_an_earlier_launch_is_granted_nothing() {
             want: 16,
             holds: Vec::new(),
         };
-        lie(&mut cluster, 5, lender, &request);
+        send_forged(&mut cluster, 5, lender, &request);
     }
     cluster.cut.clear();
     cluster.run(LONG);

@@ -12,7 +12,7 @@ fn a_liar_cannot_declare_a_live_node_gone() {
             let lent = cluster.node(5).held().collect::<Vec<_>>();
             for victim in [1, 3, 5].into_iter().filter(|it| *it != liar) {
                 for to in [1, 3, 5].into_iter().filter(|it| *it != liar) {
-                    lie(&mut cluster, liar, to, &reclaimed(victim, incarnation, liar));
+                    send_forged(&mut cluster, liar, to, &reclaimed(victim, incarnation, liar));
                 }
             }
             for to in [1, 3, 5] {
@@ -45,7 +45,7 @@ fn a_lender_that_most_nodes_vouch_for_does_not_believe_that_it_is_gone() {
     let mut cluster = Cluster::new("10.1.0.0/24", [1, 2, 3, 5]);
     cluster.run(LONG);
     for _ in 0..2 {
-        lie(&mut cluster, 2, 3, &reclaimed(3, 1003, 2));
+        send_forged(&mut cluster, 2, 3, &reclaimed(3, 1003, 2));
     }
     assert!(cluster.node(3).may_lend(id(3)));
     assert_eq!(cluster.problems(3), []);
@@ -64,11 +64,11 @@ fn a_liar_cannot_free_what_was_lent_to_a_node_that_is_away() {
         cluster.run(LONG);
         let round = Round { incarnation: 1000, count: 1 };
         for incarnation in [1005, u64::MAX] {
-            lie(&mut cluster, liar, 1, &reclaimed(5, incarnation, liar));
+            send_forged(&mut cluster, liar, 1, &reclaimed(5, incarnation, liar));
         }
         let asked = Message::Reclaim { of: id(5), incarnation: u64::MAX, round };
-        lie(&mut cluster, liar, 1, &asked);
-        lie(&mut cluster, liar, 1, &reclaimed(5, u64::MAX, liar));
+        send_forged(&mut cluster, liar, 1, &asked);
+        send_forged(&mut cluster, liar, 1, &reclaimed(5, u64::MAX, liar));
         cluster.allocate(1, 7 + 8);
         cluster.run(LONG);
         cluster.check();
@@ -87,16 +87,16 @@ fn a_liar_cannot_take_a_quarter_by_claiming_to_hold_it() {
     let serial = cluster.node(1).lends(id(1)).unwrap();
     let title = Title { serial: serial + 5, holder: id(5) };
     for to in [1, 2, 6] {
-        lie(&mut cluster, 5, to, &Message::Title { quarter: id(1), title });
-        lie(&mut cluster, 5, to, &Message::Query { quarter: id(1), serial: serial + 5 });
+        send_forged(&mut cluster, 5, to, &Message::Title { quarter: id(1), title });
+        send_forged(&mut cluster, 5, to, &Message::Query { quarter: id(1), serial: serial + 5 });
     }
     let forged = Message::Title { quarter: id(1), title: Title { holder: id(2), ..title } };
-    lie(&mut cluster, 5, 1, &forged);
+    send_forged(&mut cluster, 5, 1, &forged);
     let loan = Loan { epoch: 1005, blocks: Vec::new() };
     let (serial, loans) = (serial + 9, vec![(id(5), loan)]);
     let transfer =
         Message::Transfer { quarter: id(1), serial, epoch: 1002, part: 0, parts: 1, loans };
-    lie(&mut cluster, 5, 2, &transfer);
+    send_forged(&mut cluster, 5, 2, &transfer);
     cluster.run(LONG);
     assert_eq!(cluster.problems(1), [], "the lender gave way");
     assert!(cluster.node(1).lends(id(1)).is_some());
@@ -169,7 +169,7 @@ fn a_liar_that_had_an_id_cannot_keep_its_owner_from_borrowing() {
             want: 0,
             holds,
         };
-        lie(&mut cluster, 5, 1, &request);
+        send_forged(&mut cluster, 5, 1, &request);
     }
     // In gossip, the owner has to exceed what the liar has announced there.
     cluster.start(5, 2001);

@@ -68,7 +68,7 @@ fn sent_to(ipam: &mut Ipam, to: u16) -> Vec<Message> {
 }
 
 /// Delivers a message from a lying member that is otherwise silent.
-fn lie(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
+fn send_forged(cluster: &mut Cluster, from: u16, to: u16, message: &Message) {
     let now = cluster.now;
     // A message that cannot be decoded does no harm.
     let _ = cluster.node(to).handle_message(id(from), &message.encode(), now);

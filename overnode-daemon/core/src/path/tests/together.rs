@@ -14,23 +14,23 @@ const GOSSIP: Duration = ms(300);
 struct Gossip(BTreeMap<NodeId, Vec<(Instant, BTreeSet<NodeId>)>>);
 
 impl Gossip {
-    fn tell(&mut self, world: &World) {
+    fn publish(&mut self, world: &World) {
         for (id, paths) in &world.nodes {
             let alive: BTreeSet<_> =
                 paths.states().filter(|(_, state)| state.alive).map(|(id, _)| id).collect();
-            let told = self.0.entry(*id).or_default();
-            if told.last().is_none_or(|(_, last)| *last != alive) {
-                told.push((world.now, alive));
+            let reports = self.0.entry(*id).or_default();
+            if reports.last().is_none_or(|(_, last)| *last != alive) {
+                reports.push((world.now, alive));
             }
         }
     }
 
     fn links(&self, now: Instant) -> BTreeMap<NodeId, BTreeSet<NodeId>> {
-        let known = |told: &Vec<(Instant, BTreeSet<NodeId>)>| {
-            let heard = told.iter().rev().find(|(at, _)| *at + GOSSIP <= now);
-            heard.map(|(_, links)| links.clone()).unwrap_or_default()
+        let known = |reports: &Vec<(Instant, BTreeSet<NodeId>)>| {
+            let received = reports.iter().rev().find(|(at, _)| *at + GOSSIP <= now);
+            received.map(|(_, links)| links.clone()).unwrap_or_default()
         };
-        self.0.iter().map(|(id, told)| (*id, known(told))).collect()
+        self.0.iter().map(|(id, reports)| (*id, known(reports))).collect()
     }
 }
 
@@ -44,7 +44,7 @@ fn routes(world: &World, gossip: &Gossip, own: NodeId) -> BTreeMap<NodeId, Route
 fn until(world: &mut World, gossip: &mut Gossip, wanted: Route, at_most: Duration) -> Duration {
     let start = world.now;
     loop {
-        gossip.tell(world);
+        gossip.publish(world);
         let there = routes(world, gossip, A)[&C];
         let back = routes(world, gossip, C)[&A];
         if there == wanted && back == wanted {
@@ -63,7 +63,7 @@ fn a_dead_path_is_replaced_in_two_seconds_and_used_again_when_it_heals() {
         let mut gossip = Gossip::default();
         until(&mut world, &mut gossip, Route::Direct, secs(1));
         world.run(secs(30));
-        gossip.tell(&world);
+        gossip.publish(&world);
         for (from, to) in dead {
             world.set(from, to, DEAD);
         }
@@ -83,9 +83,9 @@ fn a_dead_relay_is_replaced_in_three_seconds_or_reported() {
     let mut gossip = Gossip::default();
     world.set(A, C, DEAD);
     world.run(secs(1));
-    gossip.tell(&world);
+    gossip.publish(&world);
     world.run(secs(4));
-    gossip.tell(&world);
+    gossip.publish(&world);
     world.run(secs(1));
     assert!(matches!(routes(&world, &gossip, A)[&C], Route::Via { hops: 2, .. }));
     let kill = |world: &mut World, id: NodeId| {
