@@ -179,7 +179,7 @@ impl Store {
         match directory.join(DATABASE).try_exists() {
             Ok(true) => Self::open(directory),
             Ok(false) => Err(StoreError::Missing { path: directory.to_owned() }),
-            Err(why) => Err(disk::io("could not read", directory, why)),
+            Err(why) => Err(disk::io_error("could not read", directory, why)),
         }
     }
 
@@ -335,11 +335,11 @@ impl Store {
     ///
     /// # Errors
     /// Returns [`StoreError::Write`] if the transaction fails.
-    pub fn set_default_network(&self, made: bool) -> Result<()> {
+    pub fn set_default_network(&self, created: bool) -> Result<()> {
         self.change(|change| {
             change
                 .open_table(META)?
-                .insert("docker_default", encode(&made).as_slice())
+                .insert("docker_default", encode(&created).as_slice())
                 .map(drop)?;
             Ok(())
         })
@@ -622,14 +622,14 @@ impl Store {
     /// until the database is reopened, so this reopens it. That restores the last committed state.
     fn with_database<T>(
         &self,
-        use_it: impl FnOnce(&Database) -> std::result::Result<T, redb::Error>,
+        operation: impl FnOnce(&Database) -> std::result::Result<T, redb::Error>,
     ) -> Result<std::result::Result<T, redb::Error>> {
         let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
         let opened = match &mut *database {
             Some(opened) => opened,
             closed => closed.insert(open_database(&self.directory)?),
         };
-        let outcome = use_it(opened);
+        let outcome = operation(opened);
         if let Err(redb::Error::Io(_) | redb::Error::PreviousIo) = outcome {
             // Close the old handle first: redb allows only one per file.
             *database = None;
@@ -650,12 +650,12 @@ impl Store {
 
 fn open_database(directory: &Path) -> Result<Database> {
     let path = directory.join(DATABASE);
-    disk::patiently(|| {
+    disk::retry_while_locked(|| {
         Database::builder()
             .set_cache_size(CACHE_BYTES)
             .set_check_integrity_on_open(true)
             .create(&path)
-            .map_err(|why| disk::opening(directory, &path, why))
+            .map_err(|why| disk::open_error(directory, &path, why))
     })
 }
 
@@ -671,8 +671,8 @@ fn replace_targets(
 ) -> std::result::Result<(), redb::Error> {
     let mut table = change.open_table(TARGETS)?;
     table.retain(|_, _| false)?;
-    for (place, target) in (0..).zip(targets) {
-        table.insert(place, target.as_str())?;
+    for (position, target) in (0..).zip(targets) {
+        table.insert(position, target.as_str())?;
     }
     Ok(())
 }

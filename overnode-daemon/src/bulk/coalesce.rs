@@ -17,9 +17,9 @@ const MAX_DATAGRAMS: usize = 64;
 /// Longest super-packet, in bytes.
 const MAX_COALESCED: usize = 65_535;
 /// Bytes in front of the packet: vnet header and Ethernet header.
-const ROOM: usize = VNET_HEADER + ETHERNET_LEN;
+const HEADROOM: usize = VNET_HEADER + ETHERNET_LEN;
 /// Length of a flow key: Ethernet header, both addresses, both ports, protocol and version.
-const KEY: usize = ETHERNET_LEN + 32 + 4 + 2;
+const KEY_LEN: usize = ETHERNET_LEN + 32 + 4 + 2;
 
 /// Holds super-packets until they cannot grow or [`Coalescer::flush`] is called. Allocates nothing
 /// after [`Coalescer::new`].
@@ -40,7 +40,7 @@ struct Slot {
     segments: usize,
     /// Value of [`Coalescer::opened`] when the slot was opened.
     age: u64,
-    key: [u8; KEY],
+    key: [u8; KEY_LEN],
     headers: Headers,
     /// Payload of the first segment, in bytes.
     size: usize,
@@ -60,23 +60,23 @@ enum Fit {
 }
 
 impl Coalescer {
-    /// Creates an empty joiner. Set `coalesces_udp` only if the kernel behind the TAP device
+    /// Creates an empty coalescer. Set `coalesces_udp` only if the kernel behind the TAP device
     /// accepts UDP super-packets.
     pub fn new(coalesces_udp: bool) -> Self {
         let headers = Headers { version: 0, protocol: 0, transport: 0, payload: 0 };
         let slot = |_| Slot {
             segments: 0,
             age: 0,
-            key: [0; KEY],
+            key: [0; KEY_LEN],
             headers,
             size: 0,
             length: 0,
-            frame: vec![0; ROOM + MAX_COALESCED].into_boxed_slice(),
+            frame: vec![0; HEADROOM + MAX_COALESCED].into_boxed_slice(),
         };
         Self {
             coalesces_udp,
             slots: std::array::from_fn(slot),
-            single: vec![0; ROOM + MAX_PACKET].into_boxed_slice(),
+            single: vec![0; HEADROOM + MAX_PACKET].into_boxed_slice(),
             opened: 0,
         }
     }
@@ -99,7 +99,7 @@ impl Coalescer {
         }
         let Ok(headers) = Headers::read(packet) else {
             self.flush(deliver);
-            return self.single(link, packet, VnetHeader::default(), deliver);
+            return self.deliver_single(link, packet, VnetHeader::default(), deliver);
         };
         let key = key_of(&link, packet, &headers);
         let fits = partial && self.can_coalesce(packet, &headers);
@@ -116,11 +116,11 @@ impl Coalescer {
                 return;
             }
         }
-        if fits && !ends(packet, &headers) {
+        if fits && !ends_super_packet(packet, &headers) {
             self.open(&link, packet, headers, key, deliver);
         } else {
             let vnet = if partial { headers.vnet() } else { VnetHeader::default() };
-            self.single(link, packet, vnet, deliver);
+            self.deliver_single(link, packet, vnet, deliver);
         }
     }
 
@@ -140,7 +140,7 @@ impl Coalescer {
         link: &[u8; ETHERNET_LEN],
         packet: &[u8],
         headers: Headers,
-        key: [u8; KEY],
+        key: [u8; KEY_LEN],
         deliver: &mut impl FnMut(&[u8]),
     ) {
         if self.slots.iter().all(|slot| slot.segments > 0)
@@ -150,24 +150,24 @@ impl Coalescer {
         }
         let age = self.opened;
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.segments == 0) else { return };
-        slot.frame[VNET_HEADER..ROOM].copy_from_slice(link);
-        slot.frame[ROOM..ROOM + packet.len()].copy_from_slice(packet);
+        slot.frame[VNET_HEADER..HEADROOM].copy_from_slice(link);
+        slot.frame[HEADROOM..HEADROOM + packet.len()].copy_from_slice(packet);
         (slot.segments, slot.age, slot.key, slot.headers) = (1, age, key, headers);
         (slot.size, slot.length) = (packet.len() - headers.payload, packet.len());
         self.opened += 1;
     }
 
-    fn single(
+    fn deliver_single(
         &mut self,
         link: [u8; ETHERNET_LEN],
         packet: &[u8],
         vnet: VnetHeader,
         deliver: &mut impl FnMut(&[u8]),
     ) {
-        let frame = &mut self.single[..ROOM + packet.len()];
+        let frame = &mut self.single[..HEADROOM + packet.len()];
         frame[..VNET_HEADER].copy_from_slice(&vnet.to_bytes());
-        frame[VNET_HEADER..ROOM].copy_from_slice(&link);
-        frame[ROOM..].copy_from_slice(packet);
+        frame[VNET_HEADER..HEADROOM].copy_from_slice(&link);
+        frame[HEADROOM..].copy_from_slice(packet);
         deliver(frame);
     }
 
@@ -206,7 +206,7 @@ impl Coalescer {
 impl Slot {
     /// Checks a packet of the same flow for which [`Coalescer::can_coalesce`] returned true.
     fn fit(&self, packet: &[u8], headers: &Headers) -> Fit {
-        let first = &self.frame[ROOM..];
+        let first = &self.frame[HEADROOM..];
         let body = packet.len() - headers.payload;
         let most = if headers.protocol == TCP { MAX_SEGMENTS } else { MAX_DATAGRAMS };
         let fits = *headers == self.headers
@@ -219,7 +219,7 @@ impl Slot {
                 fits_ipv6(first, packet)
             }
             && (headers.protocol != TCP || self.fits_tcp(first, packet));
-        match (fits, body < self.size || ends(packet, headers)) {
+        match (fits, body < self.size || ends_super_packet(packet, headers)) {
             (false, _) => Fit::No,
             (true, false) => Fit::Yes,
             (true, true) => Fit::Last,
@@ -250,23 +250,23 @@ impl Slot {
 
     fn append(&mut self, packet: &[u8]) {
         let body = &packet[self.headers.payload..];
-        self.frame[ROOM + self.length..][..body.len()].copy_from_slice(body);
+        self.frame[HEADROOM + self.length..][..body.len()].copy_from_slice(body);
         self.length += body.len();
         self.segments += 1;
         if self.headers.protocol == TCP {
             let at = self.headers.transport + 13;
-            self.frame[ROOM + at] |= packet[at] & (flag::FIN | flag::PSH);
+            self.frame[HEADROOM + at] |= packet[at] & (flag::FIN | flag::PSH);
         }
     }
 
     /// Delivers the pending super-packet and frees the slot.
     fn close(&mut self, deliver: &mut impl FnMut(&[u8])) {
-        let frame = &mut self.frame[..ROOM + self.length];
+        let frame = &mut self.frame[..HEADROOM + self.length];
         let mut vnet = self.headers.vnet();
         if self.segments > 1 {
-            let packet = &mut frame[ROOM..];
+            let packet = &mut frame[HEADROOM..];
             vnet.gso_size = self.size as u16;
-            vnet.gso_type = finish(packet, &self.headers);
+            vnet.gso_type = write_headers(packet, &self.headers);
         }
         frame[..VNET_HEADER].copy_from_slice(&vnet.to_bytes());
         deliver(frame);
@@ -276,7 +276,7 @@ impl Slot {
 
 /// Writes the lengths and sums of a super-packet into its headers. Returns its GSO type for the
 /// vnet header.
-fn finish(packet: &mut [u8], headers: &Headers) -> u8 {
+fn write_headers(packet: &mut [u8], headers: &Headers) -> u8 {
     let length = packet.len();
     if headers.version == 4 {
         write_u16(packet, 2, length as u16);
@@ -302,13 +302,13 @@ fn fits_ipv6(first: &[u8], packet: &[u8]) -> bool {
 }
 
 /// Returns true if nothing may follow this packet in a super-packet.
-fn ends(packet: &[u8], headers: &Headers) -> bool {
+fn ends_super_packet(packet: &[u8], headers: &Headers) -> bool {
     headers.protocol == TCP && packet[headers.transport + 13] & (flag::FIN | flag::PSH) != 0
 }
 
-fn key_of(link: &[u8; ETHERNET_LEN], packet: &[u8], headers: &Headers) -> [u8; KEY] {
+fn key_of(link: &[u8; ETHERNET_LEN], packet: &[u8], headers: &Headers) -> [u8; KEY_LEN] {
     let addresses = if headers.version == 4 { &packet[12..20] } else { &packet[8..40] };
-    let mut key = [0; KEY];
+    let mut key = [0; KEY_LEN];
     key[..14].copy_from_slice(link);
     key[14..14 + addresses.len()].copy_from_slice(addresses);
     key[46..50].copy_from_slice(&packet[headers.transport..headers.transport + 4]);

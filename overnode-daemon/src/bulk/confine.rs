@@ -14,7 +14,7 @@ use seccompiler::{
 use super::process::NAME;
 
 /// System calls on descriptors that are already open.
-const DESCRIPTORS: [libc::c_long; 13] = [
+const DESCRIPTOR_CALLS: [libc::c_long; 13] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_writev,
@@ -32,7 +32,7 @@ const DESCRIPTORS: [libc::c_long; 13] = [
 ];
 
 /// System calls on the process itself: memory, time, threads, exit.
-const ITSELF: [libc::c_long; 18] = [
+const PROCESS_CALLS: [libc::c_long; 18] = [
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -88,7 +88,7 @@ pub fn install_seccomp() -> Result<()> {
 
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     let mut rules: BTreeMap<_, _> =
-        DESCRIPTORS.into_iter().chain(ITSELF).map(|call| (call, Vec::new())).collect();
+        DESCRIPTOR_CALLS.into_iter().chain(PROCESS_CALLS).map(|call| (call, Vec::new())).collect();
     // Memory must not be executable. The third argument holds the protection.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         let is_no_code = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);

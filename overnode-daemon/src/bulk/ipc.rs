@@ -28,7 +28,7 @@ use overnode_trust as trust;
 use overnode_types::PublicKey;
 
 /// Buffer size of a worker's socket in each direction, in bytes.
-const BUFFER: usize = 4 << 20;
+const SOCKET_BUFFER: usize = 4 << 20;
 
 /// A connection to the workers' process.
 #[derive(Debug)]
@@ -141,7 +141,7 @@ impl WorkerSockets {
                 }
             }
             if let Some(first) = sockets.first().filter(|_| workers > 1) {
-                choose_by_sender(first, workers as u32)?;
+                select_socket_by_sender(first, workers as u32)?;
             }
             Ok(sockets)
         };
@@ -163,11 +163,11 @@ fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
         socket::setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
     }
     // Root may exceed the system's limits. Without that privilege the limits apply.
-    if socket::setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-        socket::setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+    if socket::setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER).is_err() {
+        socket::setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER)?;
     }
-    if socket::setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
-        socket::setsockopt(&socket, sockopt::SndBuf, &BUFFER)?;
+    if socket::setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER).is_err() {
+        socket::setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER)?;
     }
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(socket)
@@ -176,7 +176,7 @@ fn bind(address: SocketAddr) -> Result<OwnedFd, Errno> {
 /// Makes the kernel choose among the sockets of one port by the byte that names the sending worker
 /// (classic BPF on the UDP payload, Linux 4.5). One worker therefore opens everything that one
 /// remote worker sends, in order. No datagram can reach a different worker's replay window.
-fn choose_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
+fn select_socket_by_sender(socket: &OwnedFd, workers: u32) -> Result<()> {
     const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
     const MODULO: u16 = (libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_A) as u16;

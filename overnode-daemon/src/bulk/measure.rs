@@ -8,18 +8,18 @@ use super::message::TAG_LEN;
 use overnode_api::bulk::Cipher;
 
 /// Length of the measured messages, in bytes: a full-sized packet.
-const LEN: usize = 1408;
+const MESSAGE_LEN: usize = 1408;
 /// How often each cipher is measured, in turns, and for how long. A host starts its node along with
 /// many other programs, which may take the processor away for some milliseconds. With short
 /// measurements this spoils only a few, and the best one counts.
-const TURNS: usize = 16;
-const TIME: Duration = Duration::from_micros(250);
+const ROUNDS: usize = 16;
+const ROUND_TIME: Duration = Duration::from_micros(250);
 
 /// Returns the rate at which one core seals and opens messages with each cipher, ordered by number,
 /// in MiB/s, at least 1. Takes a few milliseconds.
 pub fn speeds() -> [u32; Cipher::ALL.len()] {
     let mut best = [1; Cipher::ALL.len()];
-    for _ in 0..TURNS {
+    for _ in 0..ROUNDS {
         for (best, cipher) in best.iter_mut().zip(Cipher::ALL) {
             *best = measure(cipher).max(*best);
         }
@@ -34,20 +34,21 @@ fn measure(cipher: Cipher) -> u32 {
     };
     // This key protects nothing.
     let Ok(key) = UnboundKey::new(algorithm, &[0; 32]).map(LessSafeKey::new) else { return 1 };
-    let mut message = vec![0; LEN + TAG_LEN];
-    let (started, mut rounds) = (Instant::now(), 0_u64);
-    while started.elapsed() < TIME {
+    let mut message = vec![0; MESSAGE_LEN + TAG_LEN];
+    let (started, mut messages) = (Instant::now(), 0_u64);
+    while started.elapsed() < ROUND_TIME {
         let nonce = || Nonce::assume_unique_for_key([0; 12]);
-        let (text, tag) = message.split_at_mut(LEN);
-        if let Ok(made) = key.seal_in_place_separate_tag(nonce(), Aad::empty(), text) {
-            tag.copy_from_slice(made.as_ref());
+        let (plaintext, tag) = message.split_at_mut(MESSAGE_LEN);
+        if let Ok(computed_tag) = key.seal_in_place_separate_tag(nonce(), Aad::empty(), plaintext) {
+            tag.copy_from_slice(computed_tag.as_ref());
         }
         if key.open_in_place(nonce(), Aad::empty(), &mut message).is_err() {
             return 1;
         }
-        rounds += 1;
+        messages += 1;
     }
-    let rate = rounds as f64 * LEN as f64 / started.elapsed().as_secs_f64() / f64::from(1 << 20);
+    let rate =
+        messages as f64 * MESSAGE_LEN as f64 / started.elapsed().as_secs_f64() / f64::from(1 << 20);
     (rate as u32).max(1)
 }
 

@@ -10,7 +10,7 @@
 //! | `udp` | sockets of a worker, and batches of messages |
 //! | `worker`, `process` | threads that move packets, and their process |
 //! | `confine` | privileges that the process drops |
-//! | `control`, `link` | protocol with the daemon, and how the daemon starts the process |
+//! | `control`, `ipc` | protocol with the daemon, and how the daemon starts the process |
 //!
 //! Checksums of such packets stay partial on the way, because the seal protects the packets. The
 //! checksum field holds the sum of the pseudo-header, like the kernel's `CHECKSUM_PARTIAL`.

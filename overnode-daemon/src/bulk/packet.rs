@@ -63,8 +63,8 @@ impl VnetHeader {
     pub fn to_bytes(self) -> [u8; VNET_HEADER] {
         let mut bytes = [self.flags, self.gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
         let numbers = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset];
-        for (place, number) in bytes[2..].chunks_exact_mut(2).zip(numbers) {
-            place.copy_from_slice(&number.to_ne_bytes());
+        for (field, number) in bytes[2..].chunks_exact_mut(2).zip(numbers) {
+            field.copy_from_slice(&number.to_ne_bytes());
         }
         bytes
     }
@@ -154,8 +154,8 @@ impl Headers {
             TCP | UDP => return Err(length),
             other => return Err(BadPacket::Protocol(other)),
         };
-        let least = if protocol == TCP { TCP_HEADER } else { UDP_LEN };
-        if header < least || header > rest.len() {
+        let min_header = if protocol == TCP { TCP_HEADER } else { UDP_LEN };
+        if header < min_header || header > rest.len() {
             return Err(length);
         }
         Ok(Self { version, protocol, transport, payload: transport + header })

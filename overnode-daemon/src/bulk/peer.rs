@@ -15,15 +15,15 @@ use overnode_api::bulk::Mode;
 use overnode_types::PeerIndex;
 
 /// Longest accepted silence of a peer that is sent data, in nanoseconds, on top of two round trips.
-const SILENCE_NS: u64 = 70_000_000;
+const MAX_SILENCE_NS: u64 = 70_000_000;
 /// Interval at which a peer that receives data sends a hello, in nanoseconds.
 pub const FEEDBACK_NS: u64 = 20_000_000;
 /// Interval at which a peer that is not served is sent a hello, in nanoseconds.
 const PROBE_INTERVAL_NS: u64 = 500_000_000;
 /// Time without data after which a peer is idle, in nanoseconds.
-const BUSY_NS: u64 = 500_000_000;
+const IDLE_AFTER_NS: u64 = 500_000_000;
 /// Assumed round-trip time while it is unknown, in milliseconds.
-const UNKNOWN_RTT_MS: u32 = 300;
+const ASSUMED_RTT_MS: u32 = 300;
 
 /// Addresses of the path to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Peer {
             index,
             endpoint: ArcSwapOption::empty(),
             current: ArcSwapOption::empty(),
-            silence_ns: AtomicU64::new(silence_ns(UNKNOWN_RTT_MS)),
+            silence_ns: AtomicU64::new(silence_ns(ASSUMED_RTT_MS)),
             speeds: Default::default(),
             is_served: AtomicBool::new(false),
             waiting_since_ns: AtomicU64::new(0),
@@ -90,7 +90,7 @@ impl Peer {
     }
 
     /// Records that data was sent. Returns true if none had been sent for a while.
-    pub fn sent(&self, packets: u64, bytes: u64, now: u64) -> bool {
+    pub fn record_sent(&self, packets: u64, bytes: u64, now: u64) -> bool {
         let was_busy = self.is_busy(now);
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -104,11 +104,11 @@ impl Peer {
 
     /// Returns true if data was sent recently.
     pub fn is_busy(&self, now: u64) -> bool {
-        now < self.last_data_tx_ns.load(Ordering::Relaxed) + BUSY_NS
+        now < self.last_data_tx_ns.load(Ordering::Relaxed) + IDLE_AFTER_NS
     }
 
     /// Records an authenticated message. `bytes` is the length of its inner packet, 0 for a hello.
-    pub fn heard(&self, bytes: u64, now: u64) {
+    pub fn record_received(&self, bytes: u64, now: u64) {
         self.rx_packets.fetch_add(1, Ordering::Relaxed);
         self.last_rx_ns.store(now, Ordering::Relaxed);
         self.waiting_since_ns.store(0, Ordering::Relaxed);
@@ -119,14 +119,14 @@ impl Peer {
     }
 
     /// Records the contents of a peer's hello.
-    pub fn received_hello(&self, hello: Hello) {
-        for (place, speed) in self.speeds.iter().zip(hello.speeds) {
-            place.store(speed, Ordering::Relaxed);
+    pub fn record_hello_received(&self, hello: Hello) {
+        for (current, speed) in self.speeds.iter().zip(hello.speeds) {
+            current.store(speed, Ordering::Relaxed);
         }
     }
 
     /// Records that a hello was sent.
-    pub fn said_hello(&self, now: u64) {
+    pub fn record_hello_sent(&self, now: u64) {
         self.tx_packets.fetch_add(1, Ordering::Relaxed);
         self.last_tx_ns.store(now, Ordering::Relaxed);
         self.last_hello_ns.store(now, Ordering::Relaxed);
@@ -162,7 +162,7 @@ impl Peer {
     /// Returns true if the peer's bulk flows are served from now on. The peer must have sent a
     /// hello, its sealing session must be confirmed and live, and it must not have fallen silent.
     /// Call it every few milliseconds.
-    pub fn judge(&self, now: u64) -> bool {
+    pub fn update_served(&self, now: u64) -> bool {
         let has_session = self
             .current
             .load()
@@ -228,7 +228,7 @@ impl Peer {
 }
 
 fn silence_ns(rtt_ms: u32) -> u64 {
-    SILENCE_NS + 2 * u64::from(rtt_ms) * 1_000_000
+    MAX_SILENCE_NS + 2 * u64::from(rtt_ms) * 1_000_000
 }
 
 #[cfg(test)]
@@ -241,7 +241,7 @@ mod tests {
     fn served() -> Peer {
         let peer = Peer::new(PeerIndex(2));
         peer.set_rtt(1);
-        peer.received_hello(Hello { wants_answer: false, speeds: [100, 200] });
+        peer.record_hello_received(Hello { wants_answer: false, speeds: [100, 200] });
         peer.current.store(Some(Arc::new(Session::new(&Keys {
             peer: 2,
             local_index: 1,
@@ -252,23 +252,23 @@ mod tests {
             expires_ns: 10_000 * MS,
             is_initiator: true,
         }))));
-        assert!(peer.judge(MS));
+        assert!(peer.update_served(MS));
         peer
     }
 
     #[test]
     fn a_silent_peer_is_given_up_within_100_ms_and_asked_again() {
         let peer = served();
-        peer.sent(1, 100, 1000 * MS);
-        peer.sent(1, 100, 1050 * MS);
-        assert!(peer.judge(1072 * MS));
-        assert!(!peer.judge(1073 * MS));
+        peer.record_sent(1, 100, 1000 * MS);
+        peer.record_sent(1, 100, 1050 * MS);
+        assert!(peer.update_served(1072 * MS));
+        assert!(!peer.update_served(1073 * MS));
         assert!(peer.should_send_hello(1073 * MS));
-        peer.said_hello(1073 * MS);
+        peer.record_hello_sent(1073 * MS);
         assert!(!peer.should_send_hello(1573 * MS));
         assert!(peer.should_send_hello(1574 * MS));
-        peer.heard(0, 1600 * MS);
-        assert!(peer.judge(1600 * MS));
+        peer.record_received(0, 1600 * MS);
+        assert!(peer.update_served(1600 * MS));
         assert_eq!(peer.report(Mode::Auto, [1, 1]).silences, 1);
     }
 
@@ -276,24 +276,24 @@ mod tests {
     fn a_peer_that_answers_is_served_however_long_the_flow_lasts() {
         let peer = served();
         for ms in (1000..9000).step_by(20) {
-            peer.sent(1, 100, ms * MS);
-            peer.heard(0, (ms + 10) * MS);
-            peer.sent(1, 100, (ms + 15) * MS);
-            assert!(peer.judge((ms + 19) * MS));
+            peer.record_sent(1, 100, ms * MS);
+            peer.record_received(0, (ms + 10) * MS);
+            peer.record_sent(1, 100, (ms + 15) * MS);
+            assert!(peer.update_served((ms + 19) * MS));
         }
-        assert!(peer.judge(9050 * MS));
+        assert!(peer.update_served(9050 * MS));
     }
 
     #[test]
     fn no_peer_is_served_without_a_live_session_and_a_hello() {
         let peer = served();
-        assert!(!peer.judge(10_000 * MS), "expired");
+        assert!(!peer.update_served(10_000 * MS), "expired");
         let peer = served();
         peer.forget();
-        assert!(!peer.judge(MS) && !peer.should_send_hello(1000 * MS));
+        assert!(!peer.update_served(MS) && !peer.should_send_hello(1000 * MS));
         let fresh = Peer::new(PeerIndex(2));
         fresh.current.store(served().current.load_full());
-        assert!(!fresh.judge(MS), "no hello received");
+        assert!(!fresh.update_served(MS), "no hello received");
         assert!(fresh.should_send_hello(1000 * MS));
     }
 
@@ -306,7 +306,7 @@ mod tests {
             ([1000, 150], [1880, 3980], Cipher::ChaCha),
             ([1000, 3000], [900, 1200], Cipher::Aes),
         ] {
-            peer.received_hello(Hello { wants_answer: false, speeds: theirs });
+            peer.record_hello_received(Hello { wants_answer: false, speeds: theirs });
             assert_eq!(peer.cipher(Mode::Auto, own), expected);
             assert_eq!(peer.cipher(Mode::ChaCha, own), Cipher::ChaCha);
             assert_eq!(peer.cipher(Mode::Aes, own), Cipher::Aes);

@@ -1,5 +1,5 @@
 //! Runs the workers' process, which holds the devices, the sockets and the keys, and keeps running
-//! without a daemon. Its main thread talks to the daemon and judges peers. One thread per worker
+//! without a daemon. Its main thread talks to the daemon and decides which peers are served. One thread per worker
 //! moves packets.
 //!
 //! It is a separate process so that flows continue while the daemon is killed, hangs or is
@@ -29,12 +29,12 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::confine;
-use super::control::{FromWorkers, Keys, MAX_REPORTS, ToWorkers, VERSION, receive, send};
+use super::control::{FromWorkers, Keys, MAX_REPORTS, ToWorkers, VERSION, receive};
 use super::measure;
 use super::peer::{Endpoint, Peer};
 use super::session::Session;
 use super::udp::{Socket, Sockets};
-use super::worker::{Command, Handles, Shared, Worker, say_hello};
+use super::worker::{Command, Handles, Shared, Worker, send_hello};
 use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate};
@@ -47,19 +47,19 @@ pub const FIRST_FD: RawFd = 3;
 
 /// Name of the process in process lists.
 pub const NAME: &str = "overnode-bulk";
-/// Interval at which peers are judged while data is sent to any peer.
-const TICK: Duration = Duration::from_millis(20);
-/// Interval at which peers are judged otherwise.
-const IDLE: Duration = Duration::from_millis(200);
+/// Interval at which peers are checked while data is sent to any peer.
+const BUSY_INTERVAL: Duration = Duration::from_millis(20);
+/// Interval at which peers are checked otherwise.
+const IDLE_INTERVAL: Duration = Duration::from_millis(200);
 /// Interval of the reports about peers to the daemon.
-const REPORT: Duration = Duration::from_secs(1);
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Time that a stopping process keeps handling pending packets.
-const DRAIN: Duration = Duration::from_millis(150);
+const DRAIN_TIME: Duration = Duration::from_millis(150);
 /// Time after which a process without a daemon and without sessions exits.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of events that wait for the daemon, such as handshake messages. Further ones are
 /// dropped.
-const EVENTS: usize = 1024;
+const MAX_EVENTS: usize = 1024;
 
 /// Settings that the process is started with.
 ///
@@ -118,7 +118,7 @@ pub fn run(argument: &str) -> Result<()> {
         all.push(Handles { device, sockets: Sockets { v4, v6 }, ring });
     }
     confine::drop_privileges()?;
-    let (events, incoming) = mpsc::sync_channel(EVENTS);
+    let (events, incoming) = mpsc::sync_channel(MAX_EVENTS);
     let shared = Arc::new(Shared {
         maps,
         mode: start.mode,
@@ -163,7 +163,7 @@ struct Thread {
 
 impl Thread {
     fn spawn(number: u8, handles: Handles, start: &Start, shared: &Arc<Shared>) -> Result<Self> {
-        let (commands, orders) = mpsc::channel();
+        let (commands, received_commands) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
         let public_key = PublicKey(start.public_key);
@@ -174,7 +174,7 @@ impl Thread {
             handles,
             gate,
             start.coalesces_udp,
-            orders,
+            received_commands,
             wake.clone(),
             shared.clone(),
         );
@@ -188,7 +188,7 @@ impl Thread {
         Ok(Self { commands, wake, handle })
     }
 
-    fn order(&self, command: Command) {
+    fn send_command(&self, command: Command) {
         if self.commands.send(command).is_ok() {
             let _ = self.wake.write(1);
         }
@@ -233,17 +233,17 @@ impl Process {
         loop {
             self.wait()?;
             self.accept();
-            self.listen();
+            self.receive_commands();
             let now = boot_now_ns();
-            self.judge(now);
+            self.update_served_peers(now);
             self.forward_events();
             if self.threads.iter().any(|thread| thread.handle.is_finished()) {
-                return self.end().context("a bulk worker ended");
+                return self.stop_workers().context("a bulk worker ended");
             }
             if self.is_stopping {
                 self.withdraw_from_programs();
-                std::thread::sleep(DRAIN);
-                return self.end();
+                std::thread::sleep(DRAIN_TIME);
+                return self.stop_workers();
             }
             let has_sessions = self.sessions.values().any(|session| now < session.expires_ns);
             if self.daemon.is_some() || has_sessions {
@@ -251,7 +251,7 @@ impl Process {
             } else if self.orphaned_since.elapsed() > ORPHAN_TIMEOUT {
                 info!("no daemon and no sessions left: the bulk workers exit");
                 self.withdraw_from_programs();
-                return self.end();
+                return self.stop_workers();
             }
         }
     }
@@ -265,7 +265,11 @@ impl Process {
             self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)),
         );
         let now = boot_now_ns();
-        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) { TICK } else { IDLE };
+        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) {
+            BUSY_INTERVAL
+        } else {
+            IDLE_INTERVAL
+        };
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -294,11 +298,11 @@ impl Process {
         }
         self.served.clear();
         self.confirmed.clear();
-        self.introduce();
+        self.send_state();
     }
 
-    fn introduce(&mut self) {
-        self.tell(&FromWorkers::State {
+    fn send_state(&mut self) {
+        self.send(&FromWorkers::State {
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").to_owned(),
             mode: self.start.mode,
@@ -310,7 +314,7 @@ impl Process {
             self.sessions.values().filter(|session| now < session.expires_ns).cloned().collect();
         for session in sessions {
             let sealing = self.peers.get(&session.peer.0).and_then(|peer| peer.current.load_full());
-            self.tell(&FromWorkers::Session {
+            self.send(&FromWorkers::Session {
                 peer: session.peer.0,
                 local_index: session.local_index,
                 remote_index: session.remote_index,
@@ -321,11 +325,11 @@ impl Process {
                     .is_some_and(|sealing| sealing.local_index == session.local_index),
             });
         }
-        self.tell(&FromWorkers::Ready);
+        self.send(&FromWorkers::Ready);
     }
 
     /// Handles all pending messages from the daemon.
-    fn listen(&mut self) {
+    fn receive_commands(&mut self) {
         while let Some(daemon) = &self.daemon {
             match receive::<ToWorkers>(daemon) {
                 Ok(Some(message)) => self.handle_command(message),
@@ -347,7 +351,7 @@ impl Process {
                     None => {
                         let peer = Arc::new(Peer::new(PeerIndex(index)));
                         self.peers.insert(index, peer.clone());
-                        self.order(|| Command::Peer(peer.clone()));
+                        self.broadcast(|| Command::Peer(peer.clone()));
                         peer
                     }
                 };
@@ -365,11 +369,11 @@ impl Process {
                 self.served.remove(&peer);
                 self.sessions.retain(|_, session| session.peer.0 != peer);
                 self.shared.maps.serve(peer, 0);
-                self.order(|| Command::RemovePeer(PeerIndex(peer)));
+                self.broadcast(|| Command::RemovePeer(PeerIndex(peer)));
             }
             ToWorkers::Install(keys) => self.install(keys),
             ToWorkers::Withdraw { local_index } => {
-                self.order(|| Command::Withdraw(local_index));
+                self.broadcast(|| Command::Withdraw(local_index));
                 self.confirmed.remove(&local_index);
                 let Some(session) = self.sessions.remove(&local_index) else { return };
                 if let Some(peer) = self.peers.get(&session.peer.0) {
@@ -392,9 +396,9 @@ impl Process {
             ToWorkers::Keepalive { peer } => {
                 if let Some(peer) = self.peers.get(&peer)
                     && let Err(reason) =
-                        say_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
+                        send_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
                 {
-                    self.shared.dropped(reason);
+                    self.shared.count_drop(reason);
                 }
             }
             ToWorkers::Send { to, from, bytes } => {
@@ -407,7 +411,7 @@ impl Process {
                     src_ip: from,
                 };
                 if self.sending.send(&transmit).is_err() {
-                    self.shared.dropped(Reason::NoRoute);
+                    self.shared.count_drop(Reason::NoRoute);
                 }
             }
             ToWorkers::Stop => self.is_stopping = true,
@@ -419,22 +423,22 @@ impl Process {
         let session = Arc::new(Session::new(&keys));
         self.sessions.insert(keys.local_index, session.clone());
         // Workers come first, because an answer may arrive at once.
-        self.order(|| Command::Session(session.clone()));
+        self.broadcast(|| Command::Session(session.clone()));
         if session.is_initiator {
             peer.current.store(Some(session));
         }
     }
 
-    fn order(&self, command: impl Fn() -> Command) {
+    fn broadcast(&self, command: impl Fn() -> Command) {
         for thread in &self.threads {
-            thread.order(command());
+            thread.send_command(command());
         }
     }
 
-    /// Tells the programs which peers are served, and sends a hello to peers that could be.
-    fn judge(&mut self, now: u64) {
+    /// Updates in the maps which peers are served, and sends a hello to peers that could be.
+    fn update_served_peers(&mut self, now: u64) {
         for (index, peer) in &self.peers {
-            if peer.judge(now) {
+            if peer.update_served(now) {
                 if self.served.insert(*index) {
                     self.shared.maps.serve(*index, self.shared.workers);
                 }
@@ -442,11 +446,11 @@ impl Process {
                 self.shared.maps.serve(*index, 0);
             }
             if peer.should_send_hello(now)
-                && let Err(reason) = say_hello(&self.shared, &self.sending, 0, peer, true, now)
+                && let Err(reason) = send_hello(&self.shared, &self.sending, 0, peer, true, now)
             {
-                self.shared.dropped(reason);
+                self.shared.count_drop(reason);
                 // Do not retry at once.
-                peer.said_hello(now);
+                peer.record_hello_sent(now);
             }
         }
     }
@@ -454,7 +458,7 @@ impl Process {
     /// Sends events, confirmed sessions and periodic reports to the daemon.
     fn forward_events(&mut self) {
         while let Ok(event) = self.incoming.try_recv() {
-            self.tell(&event);
+            self.send(&event);
         }
         let confirmed: Vec<_> = self
             .sessions
@@ -467,31 +471,31 @@ impl Process {
             .map(|session| (session.peer.0, session.local_index))
             .collect();
         for (peer, local_index) in confirmed {
-            if self.tell(&FromWorkers::Confirmed { peer, local_index }) {
+            if self.send(&FromWorkers::Confirmed { peer, local_index }) {
                 self.confirmed.insert(local_index);
             }
         }
         if self.next_report > Instant::now() {
             return;
         }
-        self.next_report = Instant::now() + REPORT;
+        self.next_report = Instant::now() + REPORT_INTERVAL;
         let reports: Vec<_> = self
             .peers
             .values()
             .map(|peer| peer.report(self.shared.mode, self.shared.speeds))
             .collect();
         for some in reports.chunks(MAX_REPORTS) {
-            self.tell(&FromWorkers::Peers(some.to_vec()));
+            self.send(&FromWorkers::Peers(some.to_vec()));
         }
         let drops =
             self.shared.drops.iter().map(|count| count.load(std::sync::atomic::Ordering::Relaxed));
         let drops: Vec<_> = (0..).zip(drops).filter(|(_, count)| *count != 0).collect();
-        self.tell(&FromWorkers::Drops(drops));
+        self.send(&FromWorkers::Drops(drops));
     }
 
     /// Sends a message to the daemon. Returns true on success.
-    fn tell(&mut self, message: &FromWorkers) -> bool {
-        self.daemon.as_ref().is_some_and(|daemon| send(daemon, message).is_ok())
+    fn send(&mut self, message: &FromWorkers) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| super::control::send(daemon, message).is_ok())
     }
 
     /// Stops the programs from passing packets to these workers.
@@ -508,9 +512,9 @@ impl Process {
         self.start.devices.get(worker as usize).copied().unwrap_or_default()
     }
 
-    fn end(self) -> Result<()> {
+    fn stop_workers(self) -> Result<()> {
         self.withdraw_from_programs();
-        self.order(|| Command::Stop);
+        self.broadcast(|| Command::Stop);
         let mut result = Ok(());
         for thread in self.threads {
             match thread.handle.join() {

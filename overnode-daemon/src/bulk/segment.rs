@@ -63,7 +63,7 @@ impl<'a> Segmentation<'a> {
             (false, _) => return Err(BadPacket::NotPartial),
             (true, GSO_NONE) => match Headers::read(packet) {
                 Ok(headers) if has_checksum_of(&headers, vnet) => Plan::Whole { partial: true },
-                _ => finish(packet, vnet)?,
+                _ => complete_checksum(packet, vnet)?,
             },
             (true, _) => Plan::Segments(Segments::new(packet, vnet)?),
         };
@@ -216,7 +216,7 @@ fn has_checksum_of(headers: &Headers, vnet: &VnetHeader) -> bool {
 
 /// Plans the completion of a partial checksum. It must not overwrite anything up to the packet's
 /// own transport checksum field, because the packet was checked by those bytes.
-fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<Plan, BadPacket> {
+fn complete_checksum(packet: &[u8], vnet: &VnetHeader) -> Result<Plan, BadPacket> {
     let bad = BadPacket::Checksum { start: vnet.csum_start, offset: vnet.csum_offset };
     let head = packet.first_chunk::<IPV4_LEN>().ok_or(BadPacket::NotIp)?;
     let (header, protocol) = match head[0] {
@@ -226,9 +226,9 @@ fn finish(packet: &[u8], vnet: &VnetHeader) -> Result<Plan, BadPacket> {
     };
     let start = usize::from(vnet.csum_start).checked_sub(ETHERNET_LEN).ok_or(bad)?;
     let field = start + usize::from(vnet.csum_offset);
-    let is_judged_by = start < header || field < header + checksum_offset(protocol);
+    let is_checked_header = start < header || field < header + checksum_offset(protocol);
     // The sum of at most 65,536 words does not overflow.
-    if is_judged_by || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
+    if is_checked_header || field + 2 > packet.len() || packet.len() > super::packet::MAX_PACKET {
         return Err(bad);
     }
     Ok(Plan::CompleteChecksum { start, field })

@@ -149,14 +149,14 @@ impl Session {
         let counter = next_counter(&sending.counters[cipher as usize])?;
         let header =
             Header { cipher, worker, is_partial, receiver: self.remote_index, counter }.to_bytes();
-        let (place, rest) =
+        let (header_bytes, rest) =
             message.split_first_chunk_mut::<HEADER_LEN>().ok_or(Reason::Malformed)?;
-        let (text, tag) = rest.split_last_chunk_mut::<TAG_LEN>().ok_or(Reason::Malformed)?;
-        *place = header;
-        let made = key
-            .seal_in_place_separate_tag(nonce(counter), Aad::from(header), text)
+        let (plaintext, tag) = rest.split_last_chunk_mut::<TAG_LEN>().ok_or(Reason::Malformed)?;
+        *header_bytes = header;
+        let computed_tag = key
+            .seal_in_place_separate_tag(nonce(counter), Aad::from(header), plaintext)
             .map_err(|_| Reason::Malformed)?;
-        tag.copy_from_slice(made.as_ref());
+        tag.copy_from_slice(computed_tag.as_ref());
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use super::peer::Endpoint;
 /// Largest UDP payload of one batch, in bytes: 65,535 less the IPv6 and UDP headers (RFC 768).
 const BATCH_LEN: usize = 65_487;
 /// Time to wait for a full socket before dropping a batch, in milliseconds.
-const FULL: u16 = 5;
+const SEND_TIMEOUT_MS: u16 = 5;
 
 /// A UDP socket of one address family.
 pub struct Socket {
@@ -35,7 +35,10 @@ impl Socket {
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         match self.state.try_send(UdpSockRef::from(&self.socket), transmit) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)], FULL);
+                let _ = poll(
+                    &mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)],
+                    SEND_TIMEOUT_MS,
+                );
                 self.state.try_send(UdpSockRef::from(&self.socket), transmit)
             }
             result => result,
@@ -65,7 +68,7 @@ impl Sockets {
     }
 
     /// Returns the maximum number of messages in one batch to this address.
-    fn most(&self, remote: SocketAddr) -> usize {
+    fn max_messages(&self, remote: SocketAddr) -> usize {
         self.of(remote).map_or(1, |socket| socket.state.max_gso_segments())
     }
 }
@@ -96,28 +99,28 @@ impl Batch {
 
     /// Returns true if a message of `len` bytes may be added. Otherwise the batch must be sent
     /// first.
-    pub fn takes(&self, sockets: &Sockets, way: &BatchKey, len: usize) -> bool {
+    pub fn fits(&self, sockets: &Sockets, key: &BatchKey, len: usize) -> bool {
         let Some((first, stride)) = &self.first else { return true };
-        first == way
+        first == key
             && len <= *stride
             && self.used.is_multiple_of(*stride)
-            && self.used + len <= BATCH_LEN.min(sockets.most(way.endpoint.remote) * stride)
+            && self.used + len <= BATCH_LEN.min(sockets.max_messages(key.endpoint.remote) * stride)
     }
 
-    /// Adds a message of `len` bytes, which `write` writes. Call [`takes`](Self::takes) before.
+    /// Adds a message of `len` bytes, which `write` writes. Call [`fits`](Self::fits) before.
     ///
     /// # Errors
     /// Returns the error of `write`, or [`Reason::TooBigDropped`] if there is no room. Nothing is
     /// added then.
     pub fn add(
         &mut self,
-        way: &BatchKey,
+        key: &BatchKey,
         len: usize,
         write: impl FnOnce(&mut [u8]) -> Result<(), Reason>,
     ) -> Result<(), Reason> {
-        let place = self.buffer.get_mut(self.used..).and_then(|rest| rest.get_mut(..len));
-        write(place.ok_or(Reason::TooBigDropped)?)?;
-        self.first.get_or_insert((*way, len));
+        let slot = self.buffer.get_mut(self.used..).and_then(|rest| rest.get_mut(..len));
+        write(slot.ok_or(Reason::TooBigDropped)?)?;
+        self.first.get_or_insert((*key, len));
         self.used += len;
         Ok(())
     }
@@ -129,16 +132,16 @@ impl Batch {
     /// other kernel error.
     pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
-        let (Some((way, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))
+        let (Some((key, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))
         else {
             return Ok(());
         };
         let transmit = Transmit {
-            destination: way.endpoint.remote,
-            ecn: EcnCodepoint::from_bits(way.ecn),
+            destination: key.endpoint.remote,
+            ecn: EcnCodepoint::from_bits(key.ecn),
             contents,
             segment_size: (used > stride).then_some(stride),
-            src_ip: way.endpoint.local,
+            src_ip: key.endpoint.local,
         };
         sockets.send(&transmit).map_err(|error| match error.raw_os_error() {
             Some(libc::EMSGSIZE) => Reason::TooBigDropped,
@@ -192,19 +195,19 @@ mod tests {
         let mut batches = 1;
         for (number, (to, ecn, len)) in messages.into_iter().enumerate() {
             let remote = receivers[to].local_addr().unwrap();
-            let way = BatchKey { endpoint: Endpoint { remote, local: None }, ecn };
-            let write = |place: &mut [u8]| {
-                assert_eq!(place.len(), len);
-                place.fill(number as u8);
+            let key = BatchKey { endpoint: Endpoint { remote, local: None }, ecn };
+            let write = |slot: &mut [u8]| {
+                assert_eq!(slot.len(), len);
+                slot.fill(number as u8);
                 Ok(())
             };
-            if !batch.takes(&sockets, &way, len) {
+            if !batch.fits(&sockets, &key, len) {
                 batch.send(&sockets).unwrap();
                 batches += 1;
             }
-            batch.add(&way, len, write).unwrap();
+            batch.add(&key, len, write).unwrap();
             // A message whose `write` fails leaves no trace.
-            let failed = batch.add(&way, 50, |_| Err(Reason::Exhausted));
+            let failed = batch.add(&key, 50, |_| Err(Reason::Exhausted));
             assert_eq!(failed, Err(Reason::Exhausted));
         }
         batch.send(&sockets).unwrap();
@@ -221,28 +224,28 @@ mod tests {
 
     #[test]
     fn a_batch_is_as_large_as_the_kernel_accepts() {
-        let way = |port| BatchKey {
+        let key = |port| BatchKey {
             endpoint: Endpoint { remote: ([127, 0, 0, 1], port).into(), local: None },
             ecn: 0,
         };
         let sockets = Sockets { v4: Some(Socket::new(socket()).unwrap()), v6: None };
-        let most = sockets.most(way(1).endpoint.remote);
+        let max_messages = sockets.max_messages(key(1).endpoint.remote);
         let mut batch = Batch::new();
-        assert_eq!(batch.add(&way(1), BATCH_LEN + 1, |_| Ok(())), Err(Reason::TooBigDropped));
-        assert!(batch.takes(&sockets, &way(1), BATCH_LEN));
-        batch.add(&way(1), 30_000, |_| Ok(())).unwrap();
-        assert!(batch.takes(&sockets, &way(1), 30_000));
-        assert!(!batch.takes(&sockets, &way(2), 30_000) && !batch.takes(&sockets, &way(1), 30_001));
-        batch.add(&way(1), 30_000, |_| Ok(())).unwrap();
+        assert_eq!(batch.add(&key(1), BATCH_LEN + 1, |_| Ok(())), Err(Reason::TooBigDropped));
+        assert!(batch.fits(&sockets, &key(1), BATCH_LEN));
+        batch.add(&key(1), 30_000, |_| Ok(())).unwrap();
+        assert!(batch.fits(&sockets, &key(1), 30_000));
+        assert!(!batch.fits(&sockets, &key(2), 30_000) && !batch.fits(&sockets, &key(1), 30_001));
+        batch.add(&key(1), 30_000, |_| Ok(())).unwrap();
         let rest = BATCH_LEN - 60_000;
-        assert!(batch.takes(&sockets, &way(1), rest) && !batch.takes(&sockets, &way(1), rest + 1));
-        assert_eq!(batch.add(&way(1), rest + 1, |_| Ok(())), Err(Reason::TooBigDropped));
+        assert!(batch.fits(&sockets, &key(1), rest) && !batch.fits(&sockets, &key(1), rest + 1));
+        assert_eq!(batch.add(&key(1), rest + 1, |_| Ok(())), Err(Reason::TooBigDropped));
 
         let mut batch = Batch::new();
-        for _ in 0..most {
-            assert!(batch.takes(&sockets, &way(1), 1));
-            batch.add(&way(1), 1, |_| Ok(())).unwrap();
+        for _ in 0..max_messages {
+            assert!(batch.fits(&sockets, &key(1), 1));
+            batch.add(&key(1), 1, |_| Ok(())).unwrap();
         }
-        assert!(!batch.takes(&sockets, &way(1), 1));
+        assert!(!batch.fits(&sockets, &key(1), 1));
     }
 }

@@ -43,21 +43,21 @@ use overnode_types::PeerIndex;
 const FRAME_LEN: usize = VNET_HEADER + ETHERNET_LEN + 65536;
 /// Maximum number of batches per receive call, or of messages if the network stack delivers no
 /// batches.
-const RECEIVES: usize = quinn_udp::BATCH_SIZE;
+const RECEIVE_BATCH: usize = quinn_udp::BATCH_SIZE;
 /// Maximum number of frames, or of receive calls, before the other direction has its turn.
-const TURN: usize = 8;
+const MAX_TURN: usize = 8;
 /// Maximum number of messages from the receive ring per turn.
-const RING_TURN: usize = TURN * RECEIVES;
+const MAX_RING_MESSAGES: usize = MAX_TURN * RECEIVE_BATCH;
 /// Longest wait of a worker without work. It renews its heartbeat after each wait.
-const WAIT: Duration = Duration::from_millis(45);
+const MAX_WAIT: Duration = Duration::from_millis(45);
 /// Pause after which a worker drops the frames pending in its device, in nanoseconds. After a
 /// shorter pause, late packets still fill the gaps that their delay left.
-const STALE_NS: u64 = 3_000_000_000;
+const STALE_FRAMES_NS: u64 = 3_000_000_000;
 /// Time that the receive ring stays closed after a message that does not fit into it, in
 /// nanoseconds. More such messages are likely to follow.
-const CLOSED_NS: u64 = 1_000_000_000;
+const RING_CLOSED_NS: u64 = 1_000_000_000;
 /// Time that the cached addresses of peers are used to judge handshake messages, in nanoseconds.
-const KNOWN_NS: u64 = 1_000_000_000;
+const PEER_ADDRESSES_TTL_NS: u64 = 1_000_000_000;
 
 /// A change to the set of peers and sessions, or the order to exit.
 #[derive(Clone, Debug)]
@@ -96,14 +96,14 @@ pub struct Shared {
 
 impl Shared {
     /// Counts a drop.
-    pub fn dropped(&self, reason: Reason) {
+    pub fn count_drop(&self, reason: Reason) {
         if let Some(count) = self.drops.get(reason as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Queues an event for the daemon. The event is lost if the queue is full.
-    pub fn tell(&self, event: FromWorkers) {
+    pub fn queue_event(&self, event: FromWorkers) {
         if self.events.try_send(event).is_ok() {
             let _ = self.wake.write(1);
         }
@@ -136,10 +136,10 @@ pub struct Worker {
     sockets: Sockets,
     ring: ReceiveRing,
     /// Time before which the receive ring stays closed, in nanoseconds since boot.
-    closed_until: u64,
+    ring_closed_until: u64,
     gate: Gate,
     /// Cached addresses of peers, and when the cache expires, in nanoseconds since boot.
-    known: (HashSet<IpAddr>, u64),
+    peer_addresses: (HashSet<IpAddr>, u64),
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
@@ -151,7 +151,7 @@ pub struct Worker {
     batch: Batch,
     received: Vec<Box<[u8]>>,
     coalescer: Coalescer,
-    is_ending: bool,
+    is_stopping: bool,
 }
 
 impl Worker {
@@ -170,9 +170,9 @@ impl Worker {
             device,
             sockets,
             ring,
-            closed_until: 0,
+            ring_closed_until: 0,
             gate,
-            known: (HashSet::new(), 0),
+            peer_addresses: (HashSet::new(), 0),
             commands,
             wake,
             shared,
@@ -181,13 +181,13 @@ impl Worker {
             owed_hellos: Vec::new(),
             frame: vec![0; FRAME_LEN].into(),
             batch: Batch::new(),
-            received: (0..RECEIVES).map(|_| vec![0; 65536].into()).collect(),
+            received: (0..RECEIVE_BATCH).map(|_| vec![0; 65536].into()).collect(),
             coalescer: Coalescer::new(coalesces_udp),
-            is_ending: false,
+            is_stopping: false,
         }
     }
 
-    /// Runs until the worker is told to stop, or its device is gone.
+    /// Runs until [`Command::Stop`] arrives or the device is gone.
     ///
     /// # Errors
     /// Fails if the device or a socket is broken.
@@ -195,12 +195,12 @@ impl Worker {
         let mut last = boot_now_ns();
         loop {
             let now = boot_now_ns();
-            if now > last + STALE_NS {
-                self.discard()?;
+            if now > last + STALE_FRAMES_NS {
+                self.drop_pending_frames()?;
             }
             last = now;
             self.shared.maps.alive(self.number.into(), now);
-            if self.handle_command() || self.is_ending {
+            if self.handle_command() || self.is_stopping {
                 return Ok(());
             }
             let sent = self.send_turn(now)?;
@@ -215,8 +215,9 @@ impl Worker {
 
     /// Waits until there is something to do, but only briefly.
     fn wait(&self) -> io::Result<()> {
-        let owes = !self.owed_hellos.is_empty();
-        let wait = if owes { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { WAIT };
+        let owes_hellos = !self.owed_hellos.is_empty();
+        let wait =
+            if owes_hellos { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { MAX_WAIT };
         let device = self.device.as_fd();
         // The device takes the place of a missing address family. Polling a descriptor twice is
         // harmless.
@@ -267,32 +268,32 @@ impl Worker {
     }
 
     /// Drops all frames pending in the device.
-    fn discard(&mut self) -> io::Result<()> {
+    fn drop_pending_frames(&mut self) -> io::Result<()> {
         while read(&mut self.device, &mut self.frame)?.is_some() {
-            self.shared.dropped(Reason::Expired);
+            self.shared.count_drop(Reason::Expired);
         }
         Ok(())
     }
 
     fn send_turn(&mut self, now: u64) -> io::Result<bool> {
         let mut frames = 0;
-        while frames < TURN
+        while frames < MAX_TURN
             && let Some(len) = read(&mut self.device, &mut self.frame)?
         {
-            if let Err(reason) = self.take_frame(len, now) {
-                self.shared.dropped(reason);
+            if let Err(reason) = self.handle_frame(len, now) {
+                self.shared.count_drop(reason);
             }
             frames += 1;
         }
         if let Err(reason) = self.batch.send(&self.sockets) {
-            self.shared.dropped(reason);
+            self.shared.count_drop(reason);
         }
         Ok(frames > 0)
     }
 
     /// Segments and seals a frame from a container. Segments that do not fill a batch are sent with
     /// the next frame, or at the end of the turn.
-    fn take_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
+    fn handle_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
         let (ethernet, packet) =
@@ -310,19 +311,19 @@ impl Worker {
                 _ => Reason::Malformed,
             })?;
         let cipher = peer.cipher(self.shared.mode, self.shared.speeds);
-        let way =
+        let key =
             BatchKey { endpoint, ecn: packet.get(1).copied().ok_or(Reason::Malformed)? & ECN_MASK };
         let mut bytes = 0;
         for segment in 0..segmentation.len() {
             let len = segmentation.length(segment);
             let message_len = HEADER_LEN + len + TAG_LEN;
-            if !self.batch.takes(&self.sockets, &way, message_len)
+            if !self.batch.fits(&self.sockets, &key, message_len)
                 && let Err(reason) = self.batch.send(&self.sockets)
             {
                 // That batch held other messages, perhaps for another peer.
-                self.shared.dropped(reason);
+                self.shared.count_drop(reason);
             }
-            self.batch.add(&way, message_len, |message| {
+            self.batch.add(&key, message_len, |message| {
                 let packet = message.get_mut(HEADER_LEN..).ok_or(Reason::Malformed)?;
                 segmentation.write(segment, packet);
                 check_source(packet, source)?;
@@ -330,7 +331,7 @@ impl Worker {
             })?;
             bytes += len as u64;
         }
-        if peer.sent(segmentation.len() as u64, bytes, now) {
+        if peer.record_sent(segmentation.len() as u64, bytes, now) {
             // Wake the main thread, which now has to check whether the peer answers.
             let _ = self.shared.wake.write(1);
         }
@@ -344,9 +345,9 @@ impl Worker {
         let any = if self.ring.is_closed() {
             let taken = self.receive_from_ring(now);
             let mut received = 0;
-            if taken < RING_TURN {
+            if taken < MAX_RING_MESSAGES {
                 received = self.receive_from_sockets(now)?;
-                if received < TURN && now >= self.closed_until {
+                if received < MAX_TURN && now >= self.ring_closed_until {
                     self.ring.open();
                 }
             }
@@ -365,11 +366,11 @@ impl Worker {
         let mut buffers = std::mem::take(&mut self.received);
         let mut taken = 0;
         if let Some(buffer) = buffers.first_mut() {
-            while taken < RING_TURN
+            while taken < MAX_RING_MESSAGES
                 && let Some((message, origin)) = self.ring.take(buffer)
             {
-                if let Err(reason) = self.take(message, &origin, now) {
-                    self.shared.dropped(reason);
+                if let Err(reason) = self.handle_message(message, &origin, now) {
+                    self.shared.count_drop(reason);
                 }
                 taken += 1;
             }
@@ -385,48 +386,50 @@ impl Worker {
     }
 
     fn receive(&mut self, is_v4: bool, now: u64) -> io::Result<usize> {
-        for turn in 0..TURN {
+        for turn in 0..MAX_TURN {
             let socket = if is_v4 { &self.sockets.v4 } else { &self.sockets.v6 };
             let Some(socket) = socket else { return Ok(0) };
-            let mut metas = [RecvMeta::default(); RECEIVES];
-            let got = {
+            let mut metas = [RecvMeta::default(); RECEIVE_BATCH];
+            let count = {
                 let mut buffers = self.received.iter_mut();
-                let mut slices: [IoSliceMut<'_>; RECEIVES] = std::array::from_fn(|_| {
+                let mut slices: [IoSliceMut<'_>; RECEIVE_BATCH] = std::array::from_fn(|_| {
                     IoSliceMut::new(buffers.next().map_or(&mut [][..], |buffer| &mut buffer[..]))
                 });
                 socket.state.recv(UdpSockRef::from(&socket.socket), &mut slices, &mut metas)
             };
-            let got = match got {
-                Ok(got) => got,
+            let count = match count {
+                Ok(count) => count,
                 Err(error) if is_transient(&error) => return Ok(turn),
                 Err(error) => return Err(error),
             };
             let mut received = std::mem::take(&mut self.received);
-            for (buffer, meta) in received.iter_mut().zip(&metas).take(got) {
+            for (buffer, meta) in received.iter_mut().zip(&metas).take(count) {
                 let fits = meta.len <= meta.stride && meta.len <= BULK_MESSAGE_LEN;
                 let Some(bytes) = buffer.get_mut(..meta.len) else { continue };
                 let ecn = meta.ecn.map_or(0, |ecn| ecn as u8);
                 let origin = Origin { remote: meta.addr, local: meta.dst_ip, ecn };
                 for message in bytes.chunks_mut(meta.stride.max(1)) {
-                    match self.take(message, &origin, now) {
+                    match self.handle_message(message, &origin, now) {
                         // Only an authenticated message keeps the ring closed, not any large
                         // datagram.
-                        Ok(MessageKind::Data) if !fits => self.closed_until = now + CLOSED_NS,
+                        Ok(MessageKind::Data) if !fits => {
+                            self.ring_closed_until = now + RING_CLOSED_NS
+                        }
                         Ok(_) => {}
-                        Err(reason) => self.shared.dropped(reason),
+                        Err(reason) => self.shared.count_drop(reason),
                     }
                 }
             }
             self.received = received;
-            if got < RECEIVES {
+            if count < RECEIVE_BATCH {
                 return Ok(turn + 1);
             }
         }
-        Ok(TURN)
+        Ok(MAX_TURN)
     }
 
     /// Opens a message and handles it.
-    fn take(
+    fn handle_message(
         &mut self,
         message: &mut [u8],
         origin: &Origin,
@@ -434,58 +437,63 @@ impl Worker {
     ) -> Result<MessageKind, Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind))
         {
-            return self.take_handshake(message, origin, now).map(|()| MessageKind::Other);
+            return self.handle_handshake(message, origin, now).map(|()| MessageKind::Other);
         }
         let header = Header::from_message(message).ok_or(Reason::Malformed)?;
         if !self.sessions.contains_key(&header.receiver) {
             // A peer uses a new session at once. The session may be in a command that is still
             // pending.
-            self.is_ending |= self.handle_command();
+            self.is_stopping |= self.handle_command();
         }
         let session = self.sessions.get(&header.receiver).ok_or(Reason::UnknownIndex)?;
-        let text = session.open(&header, message, now)?;
+        let plaintext = session.open(&header, message, now)?;
         let peer = self.peers.get(&session.peer.0).ok_or(Reason::UnknownIndex)?;
         if session.confirm() {
             peer.current.store(Some(session.clone()));
         }
         peer.follow(origin.remote, origin.local);
-        if let Some(hello) = Hello::from_plaintext(text) {
-            peer.heard(0, now);
-            peer.received_hello(hello);
+        if let Some(hello) = Hello::from_plaintext(plaintext) {
+            peer.record_received(0, now);
+            peer.record_hello_received(hello);
             if hello.wants_answer && now >= peer.feedback_due() {
                 let peer = peer.clone();
-                say_hello(&self.shared, &self.sockets, self.number, &peer, false, now)?;
+                send_hello(&self.shared, &self.sockets, self.number, &peer, false, now)?;
             }
             return Ok(MessageKind::Other);
         }
-        peer.heard(text.len() as u64, now);
-        if !self.owed_hellos.iter().any(|owed_hellos| owed_hellos.index == peer.index) {
+        peer.record_received(plaintext.len() as u64, now);
+        if !self.owed_hellos.iter().any(|owed| owed.index == peer.index) {
             self.owed_hellos.push(peer.clone());
         }
-        mark_congestion(text, origin.ecn)?;
+        mark_congestion(plaintext, origin.ecn)?;
         let link = bulk_header(peer.index.0, [0; 4]);
         let (device, shared) = (&mut self.device, &self.shared);
         self.coalescer
-            .push(link, text, header.is_partial, &mut |frame| write(device, frame, shared));
+            .push(link, plaintext, header.is_partial, &mut |frame| write(device, frame, shared));
         Ok(MessageKind::Data)
     }
 
     /// Forwards a handshake message to the daemon if the gate admits it.
-    fn take_handshake(&mut self, message: &[u8], origin: &Origin, now: u64) -> Result<(), Reason> {
-        let Self { gate, known, peers, shared, sockets, .. } = self;
+    fn handle_handshake(
+        &mut self,
+        message: &[u8],
+        origin: &Origin,
+        now: u64,
+    ) -> Result<(), Reason> {
+        let Self { gate, peer_addresses, peers, shared, sockets, .. } = self;
         let is_peer = || {
-            let (addresses, until) = known;
+            let (addresses, until) = peer_addresses;
             if *until <= now {
                 let endpoints = peers.values().filter_map(|peer| peer.endpoint.load_full());
                 *addresses = endpoints.map(|endpoint| endpoint.remote.ip()).collect();
-                *until = now + KNOWN_NS;
+                *until = now + PEER_ADDRESSES_TTL_NS;
             }
             addresses.contains(&origin.remote.ip())
         };
         match gate.judge(Instant::now(), origin.remote, message, is_peer) {
             Judgment::Admit(_) => {
                 let (from, to) = (origin.remote, origin.local);
-                shared.tell(FromWorkers::Received { from, to, bytes: message.to_vec() });
+                shared.queue_event(FromWorkers::Received { from, to, bytes: message.to_vec() });
                 Ok(())
             }
             Judgment::Reply(reply) => {
@@ -507,8 +515,8 @@ impl Worker {
         let Self { owed_hellos, shared, sockets, number, .. } = self;
         owed_hellos.retain(|peer| {
             let is_due = now >= peer.feedback_due();
-            if is_due && let Err(reason) = say_hello(shared, sockets, *number, peer, false, now) {
-                shared.dropped(reason);
+            if is_due && let Err(reason) = send_hello(shared, sockets, *number, peer, false, now) {
+                shared.count_drop(reason);
             }
             !is_due
         });
@@ -519,7 +527,7 @@ impl Worker {
 ///
 /// # Errors
 /// Fails if the peer has no session or endpoint, if the session cannot seal, or if sending fails.
-pub fn say_hello(
+pub fn send_hello(
     shared: &Shared,
     sockets: &Sockets,
     worker: u8,
@@ -544,7 +552,7 @@ pub fn say_hello(
         src_ip: endpoint.local,
     };
     sockets.send(&transmit).map_err(|_| Reason::NoRoute)?;
-    peer.said_hello(now);
+    peer.record_hello_sent(now);
     Ok(())
 }
 
@@ -592,7 +600,7 @@ fn write(device: &mut File, frame: &[u8], shared: &Shared) {
     // The device is down, memory is short, or the kernel rejects the frame. Only this packet is
     // lost.
     if device.write(frame).is_err() {
-        shared.dropped(Reason::Helper);
+        shared.count_drop(Reason::Helper);
     }
 }
 

@@ -29,15 +29,15 @@ use overnode_core::docker::report::{
 use overnode_types::text::reason;
 
 /// Time limit of one request. While it creates a network, the engine in turn calls the plugin.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest accepted answer, in bytes.
 const ANSWER_LIMIT: usize = 32 << 20;
 /// Interval of reports when nothing happens.
-const IDLE: Duration = Duration::from_secs(30);
+const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 /// Retry interval for failed operations, and the longest delay of a report that was ordered.
-const RETRY: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay of the first report after a container has joined: the engine lists it a moment later.
-const SOON: Duration = Duration::from_millis(100);
+const REPORT_DELAY: Duration = Duration::from_millis(100);
 
 /// An order to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,52 +91,52 @@ struct ErrorBody {
     message: String,
 }
 
-/// Carries out orders and reports periodically, until the receiver of `news` or the sender of
+/// Carries out orders and reports periodically, until the receiver of `events` or the sender of
 /// `orders` is dropped.
 pub(super) async fn watch(
     socket: PathBuf,
     mut orders: mpsc::UnboundedReceiver<Order>,
-    news: mpsc::Sender<EngineEvent>,
+    events: mpsc::Sender<EngineEvent>,
 ) {
     let engine = Engine { socket };
-    let mut wanted: Option<IpNet> = None;
+    let mut wanted_subnet: Option<IpNet> = None;
     let mut retry_at = Instant::now();
-    let mut look_at = Instant::now();
-    let mut pause = SOON;
+    let mut report_at = Instant::now();
+    let mut delay = REPORT_DELAY;
     loop {
-        let next = if wanted.is_some() { look_at.min(retry_at) } else { look_at };
-        let told = tokio::select! {
+        let next = if wanted_subnet.is_some() { report_at.min(retry_at) } else { report_at };
+        let event = tokio::select! {
             order = orders.recv() => match order {
                 None => return,
                 Some(Order::Look { again }) => {
-                    pause = if again { (pause * 2).min(RETRY) } else { SOON };
-                    look_at = look_at.min(Instant::now() + pause);
+                    delay = if again { (delay * 2).min(RETRY_INTERVAL) } else { REPORT_DELAY };
+                    report_at = report_at.min(Instant::now() + delay);
                     continue;
                 }
                 Some(Order::CreateDefault(subnet)) => {
-                    wanted = Some(subnet);
+                    wanted_subnet = Some(subnet);
                     retry_at = Instant::now();
                     continue;
                 }
                 Some(Order::RemoveDefault { force }) => {
-                    wanted = None;
+                    wanted_subnet = None;
                     EngineEvent::Removed(engine.remove_default(force).await)
                 }
             },
-            () = sleep_until(next) => match wanted {
+            () = sleep_until(next) => match wanted_subnet {
                 Some(subnet) if retry_at <= Instant::now() => {
-                    let made = engine.create_default(subnet).await;
-                    match &made {
+                    let created = engine.create_default(subnet).await;
+                    match &created {
                         Ok(()) => {
-                            wanted = None;
-                            look_at = look_at.min(Instant::now() + RETRY);
+                            wanted_subnet = None;
+                            report_at = report_at.min(Instant::now() + RETRY_INTERVAL);
                         }
-                        Err(_) => retry_at = Instant::now() + RETRY,
+                        Err(_) => retry_at = Instant::now() + RETRY_INTERVAL,
                     }
-                    EngineEvent::Default(made)
+                    EngineEvent::Default(created)
                 }
                 Some(_) | None => {
-                    look_at = Instant::now() + IDLE;
+                    report_at = Instant::now() + REPORT_INTERVAL;
                     match engine.report().await {
                         Ok(report) => EngineEvent::Report(report),
                         Err(why) => {
@@ -147,7 +147,7 @@ pub(super) async fn watch(
                 }
             },
         };
-        if news.send(told).await.is_err() {
+        if events.send(event).await.is_err() {
             return;
         }
     }
@@ -160,14 +160,14 @@ struct Engine {
 impl Engine {
     async fn report(&self) -> Result<Report, EngineError> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
-        let networks = self.without_surplus(self.get("/networks").await?).await?;
+        let networks = self.remove_duplicates(self.get("/networks").await?).await?;
         Ok(Report::of(containers, networks))
     }
 
     /// Removes surplus default networks and returns the networks that remain. If creating the
     /// default network takes longer than the time limit of an answer, the repeated request makes
     /// the engine create a second network with the same name.
-    async fn without_surplus(
+    async fn remove_duplicates(
         &self,
         networks: Vec<ListedNetwork>,
     ) -> Result<Vec<ListedNetwork>, EngineError> {
@@ -204,7 +204,7 @@ impl Engine {
         self.check_version().await?;
         // A name in the path would also match an ID with that prefix, so list all networks.
         let networks: Vec<ListedNetwork> = self.get("/networks").await?;
-        let networks = self.without_surplus(networks).await?;
+        let networks = self.remove_duplicates(networks).await?;
         if networks.iter().any(is_default) {
             return Ok(());
         }
@@ -224,7 +224,7 @@ impl Engine {
             // The engine rejects `--ip` if the subnet was not configured explicitly.
             "IPAM": { "Driver": NAME, "Config": [{ "Subnet": subnet.to_string() }] },
         });
-        match self.ask(Method::POST, "/networks/create", Some(&body)).await? {
+        match self.request(Method::POST, "/networks/create", Some(&body)).await? {
             (status, _) if status.is_success() => Ok(()),
             // The network was created in the meantime.
             (StatusCode::CONFLICT, _) => Ok(()),
@@ -243,7 +243,7 @@ impl Engine {
                 let detailed: ListedNetwork = self.get(&path).await?;
                 for container in detailed.containers.unwrap_or_default().into_keys() {
                     let body = json!({ "Container": container, "Force": true });
-                    self.ask(Method::POST, &format!("{path}/disconnect"), Some(&body)).await?;
+                    self.request(Method::POST, &format!("{path}/disconnect"), Some(&body)).await?;
                 }
             }
             self.remove(found).await?;
@@ -252,7 +252,7 @@ impl Engine {
     }
 
     async fn remove(&self, network: &ListedNetwork) -> Result<(), EngineError> {
-        match self.ask(Method::DELETE, &format!("/networks/{}", network.id), None).await? {
+        match self.request(Method::DELETE, &format!("/networks/{}", network.id), None).await? {
             (status, _) if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
             (status, answer) => {
                 Err(refused("the default network was not removed", status, &answer))
@@ -261,31 +261,32 @@ impl Engine {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, EngineError> {
-        let (status, body) = self.ask(Method::GET, path, None).await?;
+        let (status, body) = self.request(Method::GET, path, None).await?;
         if !status.is_success() {
             return Err(refused(&format!("the request {path} failed"), status, &body));
         }
         serde_json::from_slice(&body).map_err(|why| {
-            self.absent(format!("its answer to {path} is malformed: {}", reason(&why)))
+            self.unavailable(format!("its answer to {path} is malformed: {}", reason(&why)))
         })
     }
 
-    async fn ask(
+    async fn request(
         &self,
         method: Method,
         path: &str,
         body: Option<&serde_json::Value>,
     ) -> Result<(StatusCode, Bytes), EngineError> {
-        match timeout(PATIENCE, exchange(&self.socket, method, path, body)).await {
+        match timeout(REQUEST_TIMEOUT, exchange(&self.socket, method, path, body)).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(why)) => Err(self.absent(format!("{why:#}"))),
-            Err(_) => {
-                Err(self.absent(format!("no answer to {path} within {} s", PATIENCE.as_secs())))
-            }
+            Ok(Err(why)) => Err(self.unavailable(format!("{why:#}"))),
+            Err(_) => Err(self.unavailable(format!(
+                "no answer to {path} within {} s",
+                REQUEST_TIMEOUT.as_secs()
+            ))),
         }
     }
 
-    fn absent(&self, why: String) -> EngineError {
+    fn unavailable(&self, why: String) -> EngineError {
         EngineError::Absent { socket: self.socket.clone(), why }
     }
 }
@@ -320,7 +321,7 @@ async fn exchange(
 
 /// Creates the error for a refusal by the engine, with the engine's own message.
 pub fn refused(what: &str, status: StatusCode, body: &[u8]) -> EngineError {
-    let said = serde_json::from_slice::<ErrorBody>(body).map(|error| error.message);
-    let said = said.unwrap_or_else(|_| status.to_string());
-    EngineError::Refused(format!("{what}: Docker says: {}", reason(&said)))
+    let message = serde_json::from_slice::<ErrorBody>(body).map(|error| error.message);
+    let message = message.unwrap_or_else(|_| status.to_string());
+    EngineError::Refused(format!("{what}: Docker says: {}", reason(&message)))
 }

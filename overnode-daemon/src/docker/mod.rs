@@ -75,7 +75,7 @@ impl Incoming {
     pub async fn next(&mut self) -> Event {
         tokio::select! {
             Some(call) = self.calls.recv() => Event::Call(call),
-            Some(news) = self.news.recv() => Event::EngineEvent(news),
+            Some(event) = self.news.recv() => Event::EngineEvent(event),
             else => std::future::pending().await,
         }
     }
@@ -83,15 +83,15 @@ impl Incoming {
 
 impl Service {
     /// Starts the tasks. The engine need not be running.
-    pub fn start(places: &SocketPaths) -> (Self, Incoming) {
+    pub fn start(paths: &SocketPaths) -> (Self, Incoming) {
         let (call, calls) = mpsc::channel(64);
-        let (tell, news) = mpsc::channel(64);
+        let (events, news) = mpsc::channel(64);
         let (orders, ordered) = mpsc::unbounded_channel();
-        let socket = socket_in(&places.plugins);
+        let socket = socket_in(&paths.plugins);
         let bound = Arc::default();
         let tasks = [
-            tokio::spawn(server::serve(socket.clone(), Arc::clone(&bound), call, tell.clone())),
-            tokio::spawn(engine::watch(places.engine.clone(), ordered, tell)),
+            tokio::spawn(server::serve(socket.clone(), Arc::clone(&bound), call, events.clone())),
+            tokio::spawn(engine::watch(paths.engine.clone(), ordered, events)),
         ];
         (Self { socket, bound, orders, tasks }, Incoming { calls, news })
     }

@@ -25,7 +25,7 @@ use overnode_core::docker::message::{BODY_LIMIT, Refusal, Request, Response};
 use overnode_trust as trust;
 
 /// Interval of checks that the socket is still in the plugin directory. Also the retry interval.
-const LOOK: Duration = Duration::from_secs(3);
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 const MEDIA_TYPE: &str = "application/vnd.docker.plugins.v1.2+json";
 
 /// The error of both protocols: the network driver and the IPAM driver use different field names.
@@ -42,19 +42,19 @@ pub(super) async fn serve(
     socket: PathBuf,
     bound: Arc<AtomicU64>,
     calls: mpsc::Sender<Call>,
-    news: mpsc::Sender<EngineEvent>,
+    events: mpsc::Sender<EngineEvent>,
 ) {
-    let mut told = None;
+    let mut reported = None;
     while !calls.is_closed() {
         let trouble = match listen(&socket) {
             Ok((listener, inode)) => {
                 bound.store(inode, Ordering::Relaxed);
-                tell(&news, &mut told, None).await;
+                report_trouble(&events, &mut reported, None).await;
                 tokio::select! {
                     served = axum::serve(listener, router(calls.clone())) => {
                         served.err().map(|why| why.to_string())
                     }
-                    () = vanished(&socket, inode) => None,
+                    () = removed(&socket, inode) => None,
                 }
             }
             Err(why) => Some(format!(
@@ -63,20 +63,20 @@ pub(super) async fn serve(
             )),
         };
         if trouble.is_some() {
-            tell(&news, &mut told, trouble).await;
-            tokio::time::sleep(LOOK).await;
+            report_trouble(&events, &mut reported, trouble).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
         }
     }
 }
 
-async fn tell(
-    news: &mpsc::Sender<EngineEvent>,
-    told: &mut Option<String>,
+async fn report_trouble(
+    events: &mpsc::Sender<EngineEvent>,
+    reported: &mut Option<String>,
     trouble: Option<String>,
 ) {
-    if *told != trouble {
-        told.clone_from(&trouble);
-        let _ = news.send(EngineEvent::Trouble(trouble)).await;
+    if *reported != trouble {
+        reported.clone_from(&trouble);
+        let _ = events.send(EngineEvent::Trouble(trouble)).await;
     }
 }
 
@@ -94,9 +94,9 @@ fn listen(socket: &Path) -> io::Result<(UnixListener, u64)> {
     Ok((listener, std::fs::metadata(socket)?.ino()))
 }
 
-async fn vanished(socket: &Path, inode: u64) {
+async fn removed(socket: &Path, inode: u64) {
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(CHECK_INTERVAL).await;
         if std::fs::metadata(socket).map(|found| found.ino()).ok() != Some(inode) {
             return;
         }

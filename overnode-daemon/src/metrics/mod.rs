@@ -29,7 +29,7 @@ use crate::dispatch::{Call, Reply, Request, call, refusal};
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Retry interval for a port that cannot be bound.
-const AGAIN: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Renders a node's status in the OpenMetrics text format.
 pub fn render(status: Status) -> String {
@@ -56,7 +56,7 @@ pub async fn answer(node: mpsc::Sender<Call>) -> Response {
 /// in use, retries forever: the network must work without monitoring. The port is read-only and
 /// serves nothing but metrics.
 pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
-    let mut told = String::new();
+    let mut reported = String::new();
     loop {
         let why = match TcpListener::bind(address).await {
             Ok(listener) => {
@@ -65,13 +65,13 @@ pub async fn serve(address: SocketAddr, node: mpsc::Sender<Call>) {
             }
             Err(error) => error.to_string(),
         };
-        if why != told {
+        if why != reported {
             tracing::warn!(
                 "metrics cannot be served at {address}: {why}; retrying every {} s",
-                AGAIN.as_secs()
+                RETRY_INTERVAL.as_secs()
             );
-            told = why;
+            reported = why;
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(RETRY_INTERVAL).await;
     }
 }

@@ -23,24 +23,24 @@ use tokio::time::timeout;
 
 use super::{CONTENT_TYPE, answer};
 use crate::dispatch::Call;
-use crate::net::admission::{Admission, Limits, Place};
+use crate::net::admission::{Admission, Limits, Slot};
 
 /// Limits on concurrent connections and on the rate of connections per source.
 const LIMITS: Limits =
-    Limits { places: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
+    Limits { connections: 32, of_source: 8, interval: Duration::from_millis(20), burst: 100 };
 /// Lifetime of a connection. It carries one request, whose head must arrive and whose answer must
 /// be read within this time.
 const LIFETIME: Duration = Duration::from_secs(10);
 /// Largest request head, in bytes. hyper accepts no lower limit.
-const HEAD: usize = 8192;
+const MAX_HEAD: usize = 8192;
 /// Age up to which a cached answer is reused. The node is asked at most once in this interval.
-const FRESH: Duration = Duration::from_secs(1);
+const CACHE_TTL: Duration = Duration::from_secs(1);
 /// A page for browsers that open the port.
 const PAGE: &str = "overnode: the metrics are at /metrics\n";
 
 /// Serves connections until the listener fails.
 pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io::Error {
-    let mut door = Admission::new(LIMITS, StdRng::from_os_rng());
+    let mut admission = Admission::new(LIMITS, StdRng::from_os_rng());
     let metrics = Arc::new(Metrics { node, latest: Mutex::default() });
     let mut tasks = JoinSet::new();
     loop {
@@ -51,8 +51,8 @@ pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return error,
         };
-        match door.admit(remote.ip(), Instant::now()) {
-            Some(place) => drop(tasks.spawn(converse(stream, place, Arc::clone(&metrics)))),
+        match admission.admit(remote.ip(), Instant::now()) {
+            Some(slot) => drop(tasks.spawn(serve_connection(stream, slot, Arc::clone(&metrics)))),
             None => {
                 let _ = stream.set_zero_linger();
             }
@@ -60,7 +60,7 @@ pub(super) async fn serve(listener: TcpListener, node: mpsc::Sender<Call>) -> io
     }
 }
 
-async fn converse(stream: TcpStream, mut place: Place, metrics: Arc<Metrics>) {
+async fn serve_connection(stream: TcpStream, mut slot: Slot, metrics: Arc<Metrics>) {
     let service = service_fn(move |request| {
         let metrics = Arc::clone(&metrics);
         async move { Ok::<_, Infallible>(respond(&request, &metrics).await) }
@@ -68,13 +68,13 @@ async fn converse(stream: TcpStream, mut place: Place, metrics: Arc<Metrics>) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(LIFETIME)
-        .max_buf_size(HEAD)
+        .max_buf_size(MAX_HEAD)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
         // The result is irrelevant: the client sees how the connection ends.
         _ = timeout(LIFETIME, connection) => {}
-        () = place.is_lost() => {}
+        () = slot.is_lost() => {}
     }
 }
 
@@ -100,7 +100,7 @@ impl Metrics {
     /// answer.
     async fn get(&self) -> Response {
         let mut latest = self.latest.lock().await;
-        if let Some((_, text)) = latest.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
+        if let Some((_, text)) = latest.as_ref().filter(|(at, _)| at.elapsed() < CACHE_TTL) {
             return page(text.clone());
         }
         let response = answer(self.node.clone()).await;
@@ -156,7 +156,7 @@ mod tests {
         socket.connect(to).await.unwrap()
     }
 
-    async fn ask(mut stream: TcpStream, what: &str) -> String {
+    async fn request(mut stream: TcpStream, what: &str) -> String {
         stream.write_all(format!("{what} HTTP/1.1\r\nHost: it\r\n\r\n").as_bytes()).await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
@@ -167,11 +167,11 @@ mod tests {
     async fn the_port_serves_nothing_but_metrics() {
         let (address, asked) = port().await;
         let status = |text: String| text.split(' ').nth(1).unwrap().to_owned();
-        assert!(ask(call_from(1, address).await, "GET /").await.ends_with(PAGE));
-        assert_eq!(status(ask(call_from(1, address).await, "GET /v1/status").await), "404");
-        assert_eq!(status(ask(call_from(1, address).await, "POST /metrics").await), "405");
+        assert!(request(call_from(1, address).await, "GET /").await.ends_with(PAGE));
+        assert_eq!(status(request(call_from(1, address).await, "GET /v1/status").await), "404");
+        assert_eq!(status(request(call_from(1, address).await, "POST /metrics").await), "405");
         assert_eq!(asked.load(Ordering::Relaxed), 0);
-        assert_eq!(status(ask(call_from(1, address).await, "GET /metrics").await), "409");
+        assert_eq!(status(request(call_from(1, address).await, "GET /metrics").await), "409");
         assert_eq!(asked.load(Ordering::Relaxed), 1);
     }
 
@@ -179,10 +179,10 @@ mod tests {
     async fn idle_connections_cannot_keep_prometheus_out() {
         let (address, _asked) = port().await;
         let mut idle = Vec::new();
-        for number in 0..4 * LIMITS.places as u8 {
+        for number in 0..4 * LIMITS.connections as u8 {
             idle.push(call_from(number % 5, address).await);
         }
-        assert!(ask(call_from(77, address).await, "GET /").await.ends_with(PAGE));
+        assert!(request(call_from(77, address).await, "GET /").await.ends_with(PAGE));
         let closed = async |stream: &mut TcpStream| {
             timeout(Duration::from_millis(20), stream.read(&mut [0; 1])).await.is_ok()
         };
@@ -190,7 +190,7 @@ mod tests {
         for stream in &mut idle {
             open += usize::from(!closed(stream).await);
         }
-        assert!(open <= LIMITS.places, "{open} connections are open");
+        assert!(open <= LIMITS.connections, "{open} connections are open");
     }
 
     #[tokio::test]
@@ -211,7 +211,7 @@ mod tests {
             let (node, _calls) = mpsc::channel(1);
             Metrics {
                 node,
-                latest: Mutex::new(Some((Instant::now(), Bytes::from_static(b"told")))),
+                latest: Mutex::new(Some((Instant::now(), Bytes::from_static(b"cached")))),
             }
         };
         for _ in 0..1000 {
@@ -219,7 +219,7 @@ mod tests {
             assert_eq!(metrics.get().await.status(), StatusCode::OK);
         }
         *metrics.latest.lock().await =
-            Some((Instant::now().checked_sub(FRESH).unwrap(), Bytes::new()));
+            Some((Instant::now().checked_sub(CACHE_TTL).unwrap(), Bytes::new()));
         assert_ne!(metrics.get().await.status(), StatusCode::OK);
     }
 }

@@ -14,7 +14,7 @@ use overnode_api::{EventKind, MonitorEvent};
 /// Maximum number of concurrent readers.
 pub const MAX_READERS: usize = 16;
 /// Maximum number of events queued for the slowest reader.
-const WAITING: usize = 1024;
+const QUEUE_LEN: usize = 1024;
 
 /// The hub that events are sent to. Clones share one hub.
 #[derive(Clone, Debug)]
@@ -40,7 +40,7 @@ pub enum NotRead {
 
 impl Default for Hub {
     fn default() -> Self {
-        let lines = Mutex::new(Some(broadcast::Sender::new(WAITING)));
+        let lines = Mutex::new(Some(broadcast::Sender::new(QUEUE_LEN)));
         Self(Arc::new(Shared { lines, readers: AtomicUsize::new(0) }))
     }
 }
@@ -167,7 +167,7 @@ mod tests {
     async fn a_slow_reader_learns_how_many_events_it_missed() {
         let hub = Hub::default();
         let mut slow = hub.read().unwrap();
-        for n in 0..WAITING + 10 {
+        for n in 0..QUEUE_LEN + 10 {
             hub.tell(problem(n));
         }
         assert_eq!(next(&mut slow).await, EventKind::Missed { count: 10 });

@@ -1,9 +1,9 @@
-//! Limits incoming connections that have proven nothing yet: how many places there are, and which
-//! connection loses its place.
+//! Limits incoming connections that have proven nothing yet: how many slots there are, and which
+//! connection loses its slot.
 //!
-//! A connection that finds all places taken gets a place of the busiest source, so a source that
+//! A connection that finds all slots taken gets a slot of the busiest source, so a source that
 //! floods competes with itself. An honest remote with one connection, however slow its network
-//! path, loses its place only if no other source has more than one.
+//! path, loses its slot only if no other source has more than one.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ use overnode_core::sources::{Sources, site_of, source_of};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time.
-    pub places: usize,
+    pub connections: usize,
     /// Connections at a time from one source.
     pub of_source: usize,
     /// Average interval between two connections from one source.
@@ -28,7 +28,7 @@ pub struct Limits {
     pub burst: u32,
 }
 
-/// The places of one group of sources, the oldest first.
+/// The slots of one group of sources, the oldest first.
 #[derive(Debug)]
 pub struct Admission {
     limits: Limits,
@@ -37,12 +37,12 @@ pub struct Admission {
     taken: Vec<(IpAddr, oneshot::Sender<()>)>,
 }
 
-/// The place of a connection. Dropping it frees the place.
+/// The slot of a connection. Dropping it frees the slot.
 #[derive(Debug)]
-pub struct Place(oneshot::Receiver<()>);
+pub struct Slot(oneshot::Receiver<()>);
 
-impl Place {
-    /// Completes when the place is needed for another connection.
+impl Slot {
+    /// Completes when the slot is needed for another connection.
     pub async fn is_lost(&mut self) {
         let _ = (&mut self.0).await;
     }
@@ -59,9 +59,9 @@ impl Admission {
         }
     }
 
-    /// Returns a place for a connection, if necessary by evicting another. Returns `None` if its
+    /// Returns a slot for a connection, if necessary by evicting another. Returns `None` if its
     /// source connects too often.
-    pub fn admit(&mut self, ip: IpAddr, now: Instant) -> Option<Place> {
+    pub fn admit(&mut self, ip: IpAddr, now: Instant) -> Option<Slot> {
         if !self.sources.allow(ip, now) {
             return None;
         }
@@ -69,13 +69,13 @@ impl Admission {
         let own = self.of(|other| source_of(other) == source_of(ip));
         if own.len() >= self.limits.of_source {
             self.taken.remove(*own.first()?);
-        } else if self.taken.len() >= self.limits.places {
+        } else if self.taken.len() >= self.limits.connections {
             let victim = self.victim()?;
             self.taken.remove(victim);
         }
         let (sender, receiver) = oneshot::channel();
         self.taken.push((ip, sender));
-        Some(Place(receiver))
+        Some(Slot(receiver))
     }
 
     /// Returns the positions of connections whose address matches, the oldest first.
@@ -88,8 +88,8 @@ impl Admission {
     /// Returns the oldest connection of one of the busiest sources. If several sources are equally
     /// busy, it picks from the site with the most connections from these sources.
     fn victim(&mut self) -> Option<usize> {
-        let everybody = (0..self.taken.len()).collect();
-        let busiest = self.busiest(everybody, source_of).concat();
+        let all = (0..self.taken.len()).collect();
+        let busiest = self.busiest(all, source_of).concat();
         let sites = self.busiest(busiest, site_of);
         let site = self.any_of(sites)?;
         let sources = self.busiest(site, source_of);
@@ -120,14 +120,14 @@ mod tests {
     use super::*;
 
     const LIMITS: Limits =
-        Limits { places: 16, of_source: 8, interval: Duration::from_millis(100), burst: 1000 };
+        Limits { connections: 16, of_source: 8, interval: Duration::from_millis(100), burst: 1000 };
 
     fn admission(limits: Limits) -> (Admission, Instant) {
         (Admission::new(limits, StdRng::seed_from_u64(1)), Instant::now())
     }
 
-    fn is_lost(place: &mut Place) -> bool {
-        place.0.try_recv() == Err(oneshot::error::TryRecvError::Closed)
+    fn is_lost(slot: &mut Slot) -> bool {
+        slot.0.try_recv() == Err(oneshot::error::TryRecvError::Closed)
     }
 
     fn ip(text: &str) -> IpAddr {
@@ -149,8 +149,8 @@ mod tests {
             flood.push(admission.admit(source, now).unwrap());
             assert!(!is_lost(&mut quiet), "after {number}");
         }
-        let kept = flood.iter_mut().map(|place| usize::from(!is_lost(place))).sum::<usize>();
-        assert_eq!(kept, LIMITS.places - 1);
+        let kept = flood.iter_mut().map(|slot| usize::from(!is_lost(slot))).sum::<usize>();
+        assert_eq!(kept, LIMITS.connections - 1);
     }
 
     #[test]
@@ -172,7 +172,7 @@ mod tests {
         for round in 0..200_u32 {
             let mut quiet = admission.admit(ip("203.0.113.1"), now).unwrap();
             let mut flood = Vec::new();
-            for number in 0..LIMITS.places as u32 {
+            for number in 0..LIMITS.connections as u32 {
                 let source = IpAddr::from((round * 4096 + number * 0x0101_0101).to_be_bytes());
                 flood.push(admission.admit(source, now).unwrap());
             }

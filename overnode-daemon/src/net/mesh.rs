@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
-use super::admission::{Admission, Limits, Place as Seat};
+use super::admission::{Admission, Limits, Slot};
 use super::known::Known;
 use super::session::{self, ConnectOptions, Reader, Writer};
 use overnode_core::control::dial::{AttemptId, DialTarget};
@@ -35,36 +35,36 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum TCP segment size of a control connection, in bytes: an IPv6 packet of the minimum MTU
 /// (1280) without the headers of IPv6 and TCP. The path MTU is not probed, and a router that
 /// silently drops larger packets must not separate two nodes.
-const SEGMENT: u32 = 1220;
+const MAX_SEGMENT: u32 = 1220;
 /// Maximum number of addresses of one destination that are tried in one attempt.
 const MAX_TRIES: usize = 8;
 /// Interval of pings.
-const HEARTBEAT: Duration = Duration::from_secs(2);
+const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Limits of incoming connections from addresses where nodes are expected, until they have proven
 /// to have the token. A process that shares a node's address competes with the node: it loses a
-/// place to each later connection, so the node needs it only for the time of its own handshake.
+/// slot to each later connection, so the node needs it only for the time of its own handshake.
 const FROM_NODES: Limits =
-    Limits { places: 512, of_source: 128, interval: Duration::from_millis(1), burst: 256 };
+    Limits { connections: 512, of_source: 128, interval: Duration::from_millis(1), burst: 256 };
 /// Limits of incoming connections from other addresses, likewise. Several nodes may share one
 /// address behind a NAT.
-const FROM_STRANGERS: Limits =
-    Limits { places: 256, of_source: 64, interval: Duration::from_millis(100), burst: 64 };
+const FROM_UNKNOWN: Limits =
+    Limits { connections: 256, of_source: 64, interval: Duration::from_millis(100), burst: 64 };
 /// Maximum number of connections that the kernel queues until they are accepted: about 0.2 s of
 /// them at 5000 per second.
 const BACKLOG: u32 = 1024;
 /// Minimum interval between handshakes computed for connections of one group: from addresses where
-/// nodes are expected, and from others. A handshake costs up to 0.5 ms. Even with all places taken,
+/// nodes are expected, and from others. A handshake costs up to 0.5 ms. Even with all slots taken,
 /// a connection waits about a second for its turn.
 const TURN_INTERVAL: Duration = Duration::from_millis(2);
 /// Maximum number of refused connections queued for the node.
-const REFUSED: usize = 64;
+const MAX_REFUSED: usize = 64;
 /// Maximum number of message bytes queued for the node from one connection. Beyond that, the
 /// connection is not read.
-const WAITING_OF_ONE: usize = 2 * MAX_MESSAGE;
+const MAX_QUEUED_BYTES_OF_ONE: usize = 2 * MAX_MESSAGE;
 /// Maximum number of message bytes queued for the node from all connections.
 const MAX_QUEUED_BYTES: usize = 32 * MAX_MESSAGE;
 /// Maximum number of messages queued for a slow peer before its connection is closed.
-const OUTBOX: usize = 256;
+const OUTBOX_LEN: usize = 256;
 
 /// ID of a connection, unique within one run of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,7 +95,7 @@ pub enum MeshEvent {
 #[derive(Debug)]
 pub struct QueuedMessage {
     bytes: Vec<u8>,
-    _room: [OwnedSemaphorePermit; 2],
+    _queue_space: [OwnedSemaphorePermit; 2],
 }
 
 #[cfg(test)]
@@ -103,7 +103,7 @@ impl QueuedMessage {
     /// Returns a message that occupies no space.
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
         let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        Self { bytes, _room: [permit(), permit()] }
+        Self { bytes, _queue_space: [permit(), permit()] }
     }
 }
 
@@ -183,9 +183,9 @@ struct Shared {
     events: mpsc::Sender<MeshEvent>,
     refused: mpsc::Sender<MeshEvent>,
     node_turns: Arc<Semaphore>,
-    stranger_turns: Arc<Semaphore>,
+    unknown_turns: Arc<Semaphore>,
     /// Remaining share of [`MAX_QUEUED_BYTES`].
-    room: Arc<Semaphore>,
+    queue_space: Arc<Semaphore>,
     next: Arc<AtomicU64>,
 }
 
@@ -207,7 +207,7 @@ impl Shared {
 
 impl Mesh {
     /// Listens on `port`, for IPv6 and IPv4, and reports to `events`. Incoming connections from
-    /// `known` addresses have separate places. Connections get new keys when their keys are
+    /// `known` addresses have separate slots. Connections get new keys when their keys are
     /// `renew_after` old.
     ///
     /// # Errors
@@ -220,7 +220,7 @@ impl Mesh {
         renew_after: Duration,
         events: mpsc::Sender<MeshEvent>,
     ) -> io::Result<Self> {
-        let (refused, refusals) = mpsc::channel(REFUSED);
+        let (refused, refusals) = mpsc::channel(MAX_REFUSED);
         let shared = Shared {
             me: Arc::new(me),
             live_nodes,
@@ -230,8 +230,8 @@ impl Mesh {
             events,
             refused,
             node_turns: Arc::new(Semaphore::new(1)),
-            stranger_turns: Arc::new(Semaphore::new(1)),
-            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
+            unknown_turns: Arc::new(Semaphore::new(1)),
+            queue_space: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };
         let mut tasks = JoinSet::new();
@@ -248,11 +248,11 @@ impl Mesh {
     }
 
     /// Makes one attempt. Reports the outcome as an event.
-    pub fn dial(&mut self, attempt: AttemptId, place: DialTarget) {
+    pub fn dial(&mut self, attempt: AttemptId, target: DialTarget) {
         while self.tasks.try_join_next().is_some() {}
         let shared = self.shared.clone();
         self.tasks.spawn(async move {
-            let failure = match call(&shared, attempt, place).await {
+            let failure = match try_dial(&shared, attempt, target).await {
                 Ok((ends, link)) => return run(shared, Some(attempt), ends, link).await,
                 Err(failure) => failure,
             };
@@ -265,7 +265,7 @@ fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
     let v4 = TcpSocket::new_v4()?;
     v4.set_reuseaddr(true)?;
     // Accepted sockets inherit the option.
-    setsockopt(&v4, TcpMaxSeg, &SEGMENT)?;
+    setsockopt(&v4, TcpMaxSeg, &MAX_SEGMENT)?;
     v4.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
     let mut listeners = vec![v4.listen(BACKLOG)?];
     // IPv6 may be disabled on the host.
@@ -278,7 +278,7 @@ fn listeners(port: u16) -> io::Result<Vec<TcpListener>> {
 fn v6_socket(port: u16) -> io::Result<TcpSocket> {
     let socket = TcpSocket::new_v6()?;
     setsockopt(&socket, Ipv6V6Only, &true)?;
-    setsockopt(&socket, TcpMaxSeg, &SEGMENT)?;
+    setsockopt(&socket, TcpMaxSeg, &MAX_SEGMENT)?;
     socket.set_reuseaddr(true)?;
     socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
     Ok(socket)
@@ -286,8 +286,8 @@ fn v6_socket(port: u16) -> io::Result<TcpSocket> {
 
 async fn accept(listener: TcpListener, shared: Shared) {
     let mut tasks = JoinSet::new();
-    let [mut nodes, mut strangers] =
-        [FROM_NODES, FROM_STRANGERS].map(|limits| Admission::new(limits, StdRng::from_os_rng()));
+    let [mut nodes, mut unknown] =
+        [FROM_NODES, FROM_UNKNOWN].map(|limits| Admission::new(limits, StdRng::from_os_rng()));
     loop {
         while tasks.try_join_next().is_some() {}
         let (stream, remote) = match listener.accept().await {
@@ -298,56 +298,56 @@ async fn accept(listener: TcpListener, shared: Shared) {
                 continue;
             }
         };
-        let ip = plain(remote).ip();
+        let ip = canonical(remote).ip();
         let is_known = shared.known.has(ip);
-        let door = if is_known { &mut nodes } else { &mut strangers };
-        let Some(seat) = door.admit(ip, std::time::Instant::now()) else {
+        let admission = if is_known { &mut nodes } else { &mut unknown };
+        let Some(slot) = admission.admit(ip, std::time::Instant::now()) else {
             // Leave no state of the connection, not even in the kernel.
             let _ = stream.set_zero_linger();
             continue;
         };
-        tasks.spawn(receive_caller(shared.clone(), stream, remote, seat, is_known));
+        tasks.spawn(handle_incoming(shared.clone(), stream, remote, slot, is_known));
     }
 }
 
-async fn receive_caller(
+async fn handle_incoming(
     shared: Shared,
     stream: TcpStream,
     remote: SocketAddr,
-    mut seat: Seat,
+    mut slot: Slot,
     is_known: bool,
 ) {
-    let welcomed = tokio::select! {
-        welcomed = welcome(&shared, stream, remote, is_known) => welcomed,
-        () = seat.is_lost() => None,
+    let accepted = tokio::select! {
+        accepted = accept_handshake(&shared, stream, remote, is_known) => accepted,
+        () = slot.is_lost() => None,
     };
-    drop(seat);
-    if let Some((ends, link)) = welcomed {
+    drop(slot);
+    if let Some((ends, link)) = accepted {
         run(shared, None, ends, link).await;
     }
 }
 
-/// Runs the handshake of an incoming connection. A refused connection keeps its place until it has
+/// Runs the handshake of an incoming connection. A refused connection keeps its slot until it has
 /// been sent the refusal.
-async fn welcome(
+async fn accept_handshake(
     shared: &Shared,
     stream: TcpStream,
     remote: SocketAddr,
     is_known: bool,
 ) -> Option<(Ends, Link)> {
     let turn = async {
-        let turns = if is_known { &shared.node_turns } else { &shared.stranger_turns };
+        let turns = if is_known { &shared.node_turns } else { &shared.unknown_turns };
         if let Ok(turn) = turns.acquire().await {
             tokio::time::sleep(TURN_INTERVAL).await;
             drop(turn);
         }
     };
-    match greet(shared, stream, Role::Responder, turn).await {
+    match handshake(shared, stream, Role::Responder, turn).await {
         Ok(link) => Some(link),
         Err(refusal) => {
-            let remote = plain(remote);
-            // Strangers can cause any number of refusals. Those that do not fit the queue are not
-            // reported.
+            let remote = canonical(remote);
+            // Unauthenticated hosts can cause any number of refusals. Those that do not fit the
+            // queue are not reported.
             let _ = shared.refused.try_send(MeshEvent::Refused { remote, refusal });
             None
         }
@@ -364,19 +364,19 @@ type Link = session::Link<TcpStream>;
 
 /// Returns the addresses in the order in which to try them. The families alternate, so that a
 /// family without connectivity costs little time.
-fn in_turn(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
+fn interleaved(addresses: BTreeSet<SocketAddr>) -> Vec<SocketAddr> {
     let (v4, v6): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv4);
     let longer = v4.len().max(v6.len());
-    let turn = |place: usize| [v6.get(place), v4.get(place)].into_iter().flatten().copied();
+    let turn = |at: usize| [v6.get(at), v4.get(at)].into_iter().flatten().copied();
     (0..longer).flat_map(turn).take(MAX_TRIES).collect()
 }
 
-async fn call(
+async fn try_dial(
     shared: &Shared,
     attempt: AttemptId,
-    place: DialTarget,
+    target: DialTarget,
 ) -> Result<(Ends, Link), DialFailure> {
-    let (addresses, mut last) = match place {
+    let (addresses, mut last) = match target {
         DialTarget::Name(name) => {
             let addresses = resolve(&name, shared.port).await;
             let _ = shared.events.send(MeshEvent::Resolved(attempt, addresses.clone())).await;
@@ -398,7 +398,7 @@ async fn call(
                 continue;
             }
         };
-        match greet(shared, stream, Role::Initiator, std::future::ready(())).await {
+        match handshake(shared, stream, Role::Initiator, std::future::ready(())).await {
             Ok(link) => return Ok(link),
             Err(refusal) => last = refusal.into(),
         }
@@ -408,7 +408,7 @@ async fn call(
 
 async fn dial_address(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    setsockopt(&socket, TcpMaxSeg, &SEGMENT)?;
+    setsockopt(&socket, TcpMaxSeg, &MAX_SEGMENT)?;
     socket.connect(address).await
 }
 
@@ -422,31 +422,33 @@ async fn resolve(name: &str, port: u16) -> Vec<SocketAddr> {
     let Ok(Ok(found)) = timeout(RESOLVE_TIMEOUT, lookup_host((name, port))).await else {
         return Vec::new();
     };
-    in_turn(found.collect())
+    interleaved(found.collect())
 }
 
-async fn greet(
+async fn handshake(
     shared: &Shared,
     stream: TcpStream,
     role: Role,
     turn: impl Future<Output = ()>,
 ) -> Result<(Ends, Link), Refusal> {
     stream.set_nodelay(true)?;
-    let ends = Ends { remote: plain(stream.peer_addr()?), local: plain(stream.local_addr()?) };
-    let terms = ConnectOptions { renew_after: shared.renew_after, turn };
-    let link = session::connect(stream, role, &shared.me, terms, |peer| shared.admit(peer)).await?;
+    let ends =
+        Ends { remote: canonical(stream.peer_addr()?), local: canonical(stream.local_addr()?) };
+    let options = ConnectOptions { renew_after: shared.renew_after, turn };
+    let link =
+        session::connect(stream, role, &shared.me, options, |peer| shared.admit(peer)).await?;
     Ok((ends, link))
 }
 
 /// Returns IPv4-mapped addresses as IPv4 addresses.
-fn plain(address: SocketAddr) -> SocketAddr {
+fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link) {
     let id = StreamId(shared.next.fetch_add(1, Ordering::Relaxed));
-    let (outbox, queue) = mpsc::channel(OUTBOX);
-    let pongs = outbox.downgrade();
+    let (outbox, queue) = mpsc::channel(OUTBOX_LEN);
+    let pong_outbox = outbox.downgrade();
     let opened = Opened {
         id,
         attempt,
@@ -459,10 +461,10 @@ async fn run(shared: Shared, attempt: Option<AttemptId>, ends: Ends, link: Link)
     if shared.events.send(MeshEvent::Opened(Box::new(opened))).await.is_err() {
         return;
     }
-    let born = Instant::now();
+    let opened_at = Instant::now();
     let why = tokio::select! {
-        why = read(id, link.reader, &shared, pongs, born) => why,
-        why = write(link.writer, queue, born) => why,
+        why = read(id, link.reader, &shared, pong_outbox, opened_at) => why,
+        why = write(link.writer, queue, opened_at) => why,
     };
     let _ = shared.events.send(MeshEvent::Closed(id, why)).await;
 }
@@ -471,15 +473,15 @@ async fn read(
     id: StreamId,
     mut reader: Reader<TcpStream>,
     shared: &Shared,
-    pongs: mpsc::WeakSender<Vec<u8>>,
-    born: Instant,
+    pong_outbox: mpsc::WeakSender<Vec<u8>>,
+    opened_at: Instant,
 ) -> Refusal {
-    let own_room = Arc::new(Semaphore::new(WAITING_OF_ONE));
-    let hold = async |bytes: Vec<u8>| -> Option<QueuedMessage> {
+    let own_queue_space = Arc::new(Semaphore::new(MAX_QUEUED_BYTES_OF_ONE));
+    let queue_message = async |bytes: Vec<u8>| -> Option<QueuedMessage> {
         let length = u32::try_from(bytes.len()).ok()?;
-        let own = Arc::clone(&own_room).acquire_many_owned(length).await.ok()?;
-        let of_all = Arc::clone(&shared.room).acquire_many_owned(length).await.ok()?;
-        Some(QueuedMessage { bytes, _room: [own, of_all] })
+        let own = Arc::clone(&own_queue_space).acquire_many_owned(length).await.ok()?;
+        let of_all = Arc::clone(&shared.queue_space).acquire_many_owned(length).await.ok()?;
+        Some(QueuedMessage { bytes, _queue_space: [own, of_all] })
     };
     loop {
         let message = match reader.receive().await {
@@ -487,23 +489,23 @@ async fn read(
             Err(refusal) => return refusal,
         };
         let event = match Packet::decode(&message) {
-            Ok(Packet::Gossip(bytes)) => match hold(bytes).await {
-                Some(held) => MeshEvent::Received(id, held),
+            Ok(Packet::Gossip(bytes)) => match queue_message(bytes).await {
+                Some(queued) => MeshEvent::Received(id, queued),
                 None => return Refusal::Closed,
             },
-            Ok(Packet::RoutedMessage(bytes)) => match hold(bytes).await {
-                Some(held) => MeshEvent::RoutedMessage(id, held),
+            Ok(Packet::RoutedMessage(bytes)) => match queue_message(bytes).await {
+                Some(queued) => MeshEvent::RoutedMessage(id, queued),
                 None => return Refusal::Closed,
             },
             Ok(Packet::Ping(number)) => {
                 // If the queue is full, the answer is lost. The peer pings again.
-                if let Some(outbox) = pongs.upgrade() {
+                if let Some(outbox) = pong_outbox.upgrade() {
                     let _ = outbox.try_send(Packet::Pong(number).encode());
                 }
                 continue;
             }
             Ok(Packet::Pong(sent)) => {
-                let Some(rtt) = born.elapsed().checked_sub(Duration::from_micros(sent)) else {
+                let Some(rtt) = opened_at.elapsed().checked_sub(Duration::from_micros(sent)) else {
                     return Refusal::Misconduct(
                         "the answer to a ping that was never sent".to_owned(),
                     );
@@ -521,9 +523,9 @@ async fn read(
 async fn write(
     mut writer: Writer<TcpStream>,
     mut queue: mpsc::Receiver<Vec<u8>>,
-    born: Instant,
+    opened_at: Instant,
 ) -> Refusal {
-    let mut heartbeat = interval(HEARTBEAT);
+    let mut heartbeat = interval(PING_INTERVAL);
     loop {
         let frame = tokio::select! {
             frame = queue.recv() => match frame {
@@ -531,7 +533,7 @@ async fn write(
                 None => return Refusal::Closed,
             },
             _ = heartbeat.tick() => {
-                let micros = u64::try_from(born.elapsed().as_micros()).unwrap_or(u64::MAX);
+                let micros = u64::try_from(opened_at.elapsed().as_micros()).unwrap_or(u64::MAX);
                 Packet::Ping(micros).encode()
             }
             due = writer.due() => {
@@ -580,7 +582,7 @@ mod tests {
         me: LocalIdentity,
         events: mpsc::Sender<MeshEvent>,
     ) -> (Shared, mpsc::Receiver<MeshEvent>) {
-        let (refused, refusals) = mpsc::channel(REFUSED);
+        let (refused, refusals) = mpsc::channel(MAX_REFUSED);
         let shared = Shared {
             me: Arc::new(me),
             live_nodes: LiveNodes::default(),
@@ -590,8 +592,8 @@ mod tests {
             events,
             refused,
             node_turns: Arc::new(Semaphore::new(1)),
-            stranger_turns: Arc::new(Semaphore::new(1)),
-            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
+            unknown_turns: Arc::new(Semaphore::new(1)),
+            queue_space: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             next: Arc::default(),
         };
         (shared, refusals)
@@ -674,7 +676,7 @@ mod tests {
         let (shared, mut refusals) = shared(me(1, 1), events);
         let accepting = tokio::spawn(accept(listener, shared));
         let mut calls = Vec::new();
-        for source in 0..2 * REFUSED {
+        for source in 0..2 * MAX_REFUSED {
             let mut call = call_from([127, 0, 2, source as u8], address).await.unwrap();
             call.write_all(&[0xff; 64]).await.unwrap();
             calls.push(call);
@@ -687,7 +689,7 @@ mod tests {
         while refusals.try_recv().is_ok() {
             noted += 1;
         }
-        assert_eq!(noted, REFUSED);
+        assert_eq!(noted, MAX_REFUSED);
         assert!(received.try_recv().is_err(), "refusals must not use the event queue of nodes");
         accepting.abort();
     }
@@ -705,7 +707,7 @@ mod tests {
         let two = Shared { renew_after: EVERY, ..two };
         let stream = TcpStream::connect(address).await.unwrap();
         let (ends, link) =
-            greet(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
+            handshake(&two, stream, Role::Initiator, std::future::ready(())).await.unwrap();
         tokio::spawn(run(two, None, ends, link));
         let end = Instant::now() + EVERY * 10;
         // Keep both ends open until both are done.
@@ -750,9 +752,10 @@ mod tests {
         let (one, _refused) = shared(me(1, 1), events);
         let accepting = tokio::spawn(accept(listener, one));
         let stream = TcpStream::connect(address).await.unwrap();
-        let terms = ConnectOptions::default();
+        let options = ConnectOptions::default();
         let me = me(2, 2);
-        let link = session::connect(stream, Role::Initiator, &me, terms, |_| Ok(())).await.unwrap();
+        let link =
+            session::connect(stream, Role::Initiator, &me, options, |_| Ok(())).await.unwrap();
         let mut writer = link.writer;
         let message = Packet::Gossip(vec![7; MAX_MESSAGE - 1]).encode();
         let mut sent = 0;
@@ -761,28 +764,31 @@ mod tests {
             assert!(sent < 100, "the node reads without limit");
         }
         // One `Opened` event and the messages that may wait. The rest is in the kernel's buffers.
-        assert_eq!(received.len(), 1 + WAITING_OF_ONE / MAX_MESSAGE);
+        assert_eq!(received.len(), 1 + MAX_QUEUED_BYTES_OF_ONE / MAX_MESSAGE);
         accepting.abort();
     }
 
     #[test]
     fn address_families_take_turns() {
-        let in_turn = |addresses: &[&str]| {
+        let interleaved = |addresses: &[&str]| {
             let addresses =
                 addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 1)).collect();
-            in_turn(addresses).iter().map(|it| it.ip().to_string()).collect::<Vec<_>>()
+            interleaved(addresses).iter().map(|it| it.ip().to_string()).collect::<Vec<_>>()
         };
         assert_eq!(
-            in_turn(&["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]),
+            interleaved(&["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]),
             ["2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3"]
         );
         assert_eq!(
-            in_turn(&["2001:db8::1", "2001:db8::2", "192.0.2.1"]),
+            interleaved(&["2001:db8::1", "2001:db8::2", "192.0.2.1"]),
             ["2001:db8::1", "192.0.2.1", "2001:db8::2"]
         );
-        assert_eq!(in_turn(&[]), [""; 0]);
+        assert_eq!(interleaved(&[]), [""; 0]);
         let many: Vec<String> = (1..100).map(|n| format!("192.0.2.{n}")).collect();
-        assert_eq!(in_turn(&many.iter().map(String::as_str).collect::<Vec<_>>()).len(), MAX_TRIES);
+        assert_eq!(
+            interleaved(&many.iter().map(String::as_str).collect::<Vec<_>>()).len(),
+            MAX_TRIES
+        );
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@
 //!   Verdict                                  ->
 //! ```
 //! The first greeting is encrypted under a key from the token, and the second goes only to a node
-//! that has proven to have the token. Without the token, a stranger at either end learns the node's
+//! that has proven to have the token. Without the token, a host at either end learns the node's
 //! public key and nothing else. Each side sends its verdict to the other, so both can report the
 //! reason to their operators.
 
@@ -147,14 +147,14 @@ pub async fn connect<S, T>(
     stream: S,
     role: Role,
     me: &LocalIdentity,
-    terms: ConnectOptions<T>,
+    options: ConnectOptions<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
     S: AsyncRead + AsyncWrite,
     T: Future<Output = ()>,
 {
-    timeout(HANDSHAKE_LIMIT, handshake(stream, role, me, terms, admit))
+    timeout(HANDSHAKE_LIMIT, handshake(stream, role, me, options, admit))
         .await
         .unwrap_or(Err(Refusal::TimedOut(HANDSHAKE_LIMIT.as_secs())))
 }
@@ -181,7 +181,7 @@ impl<S: AsyncRead> Reader<S> {
         loop {
             while let Some(frame) = self.splitter.next(MAX_FRAME)? {
                 if frame.len() < TAG {
-                    return Err(refusal_in_the_clear(frame));
+                    return Err(plaintext_refusal(frame));
                 }
                 let mut plaintext = vec![0; frame.len() - TAG];
                 let nonce = self.shared.count(&mut self.nonce)?;
@@ -214,8 +214,8 @@ impl<S: AsyncRead> Reader<S> {
             (self.noise, self.nonce) = (keys, 0);
         }
         // The protocol never needs more than the one slot of this channel.
-        let told = step.send.map_or(Ok(()), |send| self.handovers.try_send(send));
-        told.map_err(|_| Refusal::Closed)
+        let sent = step.send.map_or(Ok(()), |send| self.handovers.try_send(send));
+        sent.map_err(|_| Refusal::Closed)
     }
 }
 
@@ -314,14 +314,14 @@ async fn handshake<S, T>(
     stream: S,
     role: Role,
     me: &LocalIdentity,
-    terms: ConnectOptions<T>,
+    options: ConnectOptions<T>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Link<S>, Refusal>
 where
     S: AsyncRead + AsyncWrite,
     T: Future<Output = ()>,
 {
-    let ConnectOptions { renew_after, turn } = terms;
+    let ConnectOptions { renew_after, turn } = options;
     let (mut read, mut write) = tokio::io::split(stream);
     let mut splitter = FrameSplitter::default();
     let noise = start(role, me);
@@ -332,7 +332,7 @@ where
                 halves(read, write, splitter, noise, (role, me, renew_after))?;
             let greeting = reader.receive_greeting().await?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
-            let checked = judge(me, &peer, admit);
+            let checked = check_peer(me, &peer, admit);
             writer.send(&Verdict::of(&checked).encode()).await?;
             finish(me, peer, checked, reader, writer).await
         }
@@ -342,7 +342,7 @@ where
             let (reader, mut writer) =
                 halves(read, write, splitter, noise, (role, me, renew_after))?;
             let peer = Hello::decode(&greeting, remote_key(&reader.noise)?, me.hello.versions);
-            let checked = judge(me, &peer, admit);
+            let checked = check_peer(me, &peer, admit);
             writer.send(&me.hello.encode()).await?;
             writer.send(&Verdict::of(&checked).encode()).await?;
             finish(me, peer, checked, reader, writer).await
@@ -466,7 +466,7 @@ impl<S: AsyncRead> Reader<S> {
     }
 }
 
-fn judge(
+fn check_peer(
     me: &LocalIdentity,
     peer: &Result<Hello, Refusal>,
     admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
@@ -490,8 +490,8 @@ async fn finish<S: AsyncRead + AsyncWrite>(
 ) -> Result<Link<S>, Refusal> {
     // A side that refuses keeps reading for a moment, only so that closing the stream does not
     // discard its last messages in transit.
-    let patience = if checked.is_ok() { HANDSHAKE_LIMIT } else { REFUSAL_READ_LIMIT };
-    let verdict = reader.receive_any(Instant::now() + patience).await;
+    let time_limit = if checked.is_ok() { HANDSHAKE_LIMIT } else { REFUSAL_READ_LIMIT };
+    let verdict = reader.receive_any(Instant::now() + time_limit).await;
     let outcome = match (peer, checked, verdict) {
         (Err(refusal), _, _) | (Ok(_), Err(refusal), _) | (Ok(_), Ok(()), Err(refusal)) => {
             Err(refusal)
@@ -542,7 +542,7 @@ async fn read_frame<R: AsyncRead + Unpin, T>(
 ) -> Result<T, Refusal> {
     loop {
         match splitter.next(MAX_HANDSHAKE_FRAME) {
-            Ok(Some(frame)) if frame.len() < TAG => return Err(refusal_in_the_clear(frame)),
+            Ok(Some(frame)) if frame.len() < TAG => return Err(plaintext_refusal(frame)),
             Ok(Some(frame)) => return handle(frame),
             Ok(None) => {}
             Err(_) => return Err(Refusal::Garbage("its messages are too long")),
@@ -553,7 +553,7 @@ async fn read_frame<R: AsyncRead + Unpin, T>(
     }
 }
 
-fn refusal_in_the_clear(frame: &[u8]) -> Refusal {
+fn plaintext_refusal(frame: &[u8]) -> Refusal {
     if frame == TOKEN_REFUSED {
         Refusal::Token
     } else {

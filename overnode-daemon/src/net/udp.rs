@@ -32,7 +32,7 @@ const BATCH: usize = 64;
 /// genuine ones survive a flood while the receiving thread waits for a CPU.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Pause after a socket error.
-const AFTER_ERROR: Duration = Duration::from_millis(100);
+const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// One socket for each address family that the host supports.
 pub struct UdpSockets {
@@ -70,12 +70,12 @@ impl UdpSockets {
     /// # Errors
     /// If the port is taken, or if the host has neither IPv4 nor IPv6.
     pub fn bind(port: u16) -> io::Result<Self> {
-        let v4 = present(bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
+        let v4 = if_supported(bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
         let port = match &v4 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
         };
-        let v6 = present(bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))))?;
+        let v6 = if_supported(bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))))?;
         let port = match &v6 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
@@ -167,11 +167,14 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 /// Returns `None` if the address family is absent.
-fn present(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
-    const ABSENT: [Errno; 3] = [Errno::EAFNOSUPPORT, Errno::EPROTONOSUPPORT, Errno::EADDRNOTAVAIL];
+fn if_supported(socket: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
+    const FAMILY_MISSING: [Errno; 3] =
+        [Errno::EAFNOSUPPORT, Errno::EPROTONOSUPPORT, Errno::EADDRNOTAVAIL];
     match socket {
         Ok(socket) => Ok(Some(socket)),
-        Err(error) if ABSENT.iter().any(|errno| error.raw_os_error() == Some(*errno as i32)) => {
+        Err(error)
+            if FAMILY_MISSING.iter().any(|errno| error.raw_os_error() == Some(*errno as i32)) =>
+        {
             Ok(None)
         }
         Err(error) => Err(error),
@@ -217,7 +220,7 @@ fn receive_until(
                 Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => {
                     tracing::warn!("receiving handshake messages failed: {error}");
-                    std::thread::sleep(AFTER_ERROR);
+                    std::thread::sleep(ERROR_PAUSE);
                 }
             }
         }
@@ -296,8 +299,8 @@ fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
 }
 
 fn is_address_gone(error: &io::Error) -> bool {
-    const GONE: [Errno; 3] = [Errno::EADDRNOTAVAIL, Errno::EINVAL, Errno::ENETUNREACH];
-    GONE.iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
+    const ADDRESS_GONE: [Errno; 3] = [Errno::EADDRNOTAVAIL, Errno::EINVAL, Errno::ENETUNREACH];
+    ADDRESS_GONE.iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
 }
 
 #[cfg(test)]
@@ -309,12 +312,12 @@ mod tests {
     }
 
     /// Collects all datagrams that arrive on these sockets.
-    struct Heard {
+    struct Collector {
         datagrams: std::sync::mpsc::Receiver<Received>,
         _reception: Reception,
     }
 
-    impl Heard {
+    impl Collector {
         fn on(sockets: &UdpSockets) -> Self {
             let (sender, datagrams) = std::sync::mpsc::channel();
             let take = move |_, datagram: &Received<&[u8]>| {
@@ -333,10 +336,10 @@ mod tests {
     async fn datagrams_carry_their_destination_address() {
         let (a, b) =
             (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
-        let heard = Heard::on(&b);
+        let collector = Collector::on(&b);
         for address in localhost() {
             a.send((address, b.port()).into(), None, b"there").await.expect("sent");
-            let received = heard.next();
+            let received = collector.next();
             assert_eq!(received.from, (address, a.port()).into());
             assert_eq!(
                 (received.to, received.ifindex, &received.bytes[..]),
@@ -349,7 +352,7 @@ mod tests {
     async fn answers_come_from_the_address_that_was_asked() {
         let (a, b) =
             (UdpSockets::bind(0).expect("a free port"), UdpSockets::bind(0).expect("a free port"));
-        let (at_a, at_b) = (Heard::on(&a), Heard::on(&b));
+        let (at_a, at_b) = (Collector::on(&a), Collector::on(&b));
         let second = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
         a.send((second, b.port()).into(), None, b"answer me").await.expect("sent");
         let received = at_b.next();
@@ -382,9 +385,9 @@ mod tests {
         for number in 0..200_u8 {
             a.send(to, None, &[number; 156]).await.expect("sent");
         }
-        let heard = Heard::on(&b);
+        let collector = Collector::on(&b);
         for number in 0..200_u8 {
-            assert_eq!(heard.next().bytes, [number; 156]);
+            assert_eq!(collector.next().bytes, [number; 156]);
         }
     }
 
@@ -392,7 +395,7 @@ mod tests {
     async fn a_port_is_free_again_once_its_receiver_is_dropped() {
         let first = UdpSockets::bind(0).expect("a free port");
         let port = first.port();
-        drop((Heard::on(&first), first));
+        drop((Collector::on(&first), first));
         UdpSockets::bind(port).expect("the port should be free again");
     }
 

@@ -20,15 +20,15 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// directory that belongs to this process's user.
 pub(super) fn make_directory(directory: &Path) -> Result<()> {
     trust::check_path(directory)?;
-    let made = match directory.parent() {
+    let created = match directory.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => fs::create_dir_all(parent),
         Some(_) | None => Ok(()),
     };
-    made.map_err(|why| io("could not create the parent directory of", directory, why))?;
+    created.map_err(|why| io_error("could not create the parent directory of", directory, why))?;
     match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
         Ok(()) => {}
         Err(why) if why.kind() == io::ErrorKind::AlreadyExists => check_is_ours(directory)?,
-        Err(why) => return Err(io("could not create the state directory", directory, why)),
+        Err(why) => return Err(io_error("could not create the state directory", directory, why)),
     }
     // The umask may have removed bits, and an existing directory may have too many.
     let make_private = || {
@@ -39,7 +39,7 @@ pub(super) fn make_directory(directory: &Path) -> Result<()> {
         Ok(owner)
     };
     let found = make_private()
-        .map_err(|why| io("could not set the mode of the state directory", directory, why))?;
+        .map_err(|why| io_error("could not set the mode of the state directory", directory, why))?;
     Ok(trust::check_owner(directory, &found)?)
 }
 
@@ -52,7 +52,7 @@ fn check_is_ours(directory: &Path) -> Result<()> {
             || directory.join(DATABASE).try_exists()?
             || directory.join(LOCK).try_exists()?)
     };
-    if look().map_err(|why| io("could not read", directory, why))? {
+    if look().map_err(|why| io_error("could not read", directory, why))? {
         return Ok(());
     }
     Err(StoreError::Foreign { path: directory.to_owned() })
@@ -71,7 +71,7 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
         let found = file.metadata()?;
         Ok((file, found))
     };
-    let failed = |why| io("could not open for writing", path, why);
+    let failed = |why| io_error("could not open for writing", path, why);
     let (file, found) = open().map_err(failed)?;
     // If the directory was writable for other users before, it may contain files that they created.
     trust::check_owner(path, &found)?;
@@ -81,7 +81,7 @@ pub(super) fn make_private_file(path: &Path) -> Result<File> {
 
 /// Retries briefly. Between `fork` and `exec`, a child of the previous holder has its parent's
 /// locks.
-pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+pub(super) fn retry_while_locked<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..LOCK_TRIES {
         match attempt() {
             Err(StoreError::Locked { .. }) => std::thread::sleep(LOCK_PAUSE),
@@ -92,7 +92,7 @@ pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> 
 }
 
 pub(super) fn lock(directory: &Path) -> Result<File> {
-    patiently(|| lock_now(directory))
+    retry_while_locked(|| lock_now(directory))
 }
 
 fn lock_now(directory: &Path) -> Result<File> {
@@ -107,7 +107,7 @@ fn lock_now(directory: &Path) -> Result<File> {
                     file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
                 return Err(StoreError::Locked { path: directory.to_owned(), holder });
             }
-            Err(TryLockError::Error(why)) => return Err(io("could not lock", &path, why)),
+            Err(TryLockError::Error(why)) => return Err(io_error("could not lock", &path, why)),
         }
         if is_still_at(&file, &path) {
             let mut write = || {
@@ -115,7 +115,7 @@ fn lock_now(directory: &Path) -> Result<File> {
                 file.rewind()?;
                 writeln!(file, "{}", std::process::id())
             };
-            write().map_err(|why| io("could not write", &path, why))?;
+            write().map_err(|why| io_error("could not write", &path, why))?;
             return Ok(file);
         }
     }
@@ -138,7 +138,7 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
         match fs::remove_file(&path) {
             Ok(()) => {}
             Err(why) if why.kind() == io::ErrorKind::NotFound => {}
-            Err(why) => return Err(io("could not remove", &path, why)),
+            Err(why) => return Err(io_error("could not remove", &path, why)),
         }
     }
     match fs::remove_dir(directory) {
@@ -160,11 +160,11 @@ pub(super) fn remove(directory: &Path, files: &[&str]) -> Result<()> {
         {
             Ok(())
         }
-        Err(why) => Err(io("could not remove", directory, why)),
+        Err(why) => Err(io_error("could not remove", directory, why)),
     }
 }
 
-pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> StoreError {
+pub(super) fn open_error(directory: &Path, path: &Path, why: DatabaseError) -> StoreError {
     match why {
         DatabaseError::DatabaseAlreadyOpen => {
             StoreError::Locked { path: directory.to_owned(), holder: None }
@@ -178,13 +178,13 @@ pub(super) fn opening(directory: &Path, path: &Path, why: DatabaseError) -> Stor
         DatabaseError::Storage(StorageError::Io(why))
             if !matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
         {
-            io("could not open", path, why)
+            io_error("could not open", path, why)
         }
         other => StoreError::Damaged { path: path.to_owned(), why: other.to_string() },
     }
 }
 
-pub(super) fn io(what: &'static str, path: &Path, why: io::Error) -> StoreError {
+pub(super) fn io_error(what: &'static str, path: &Path, why: io::Error) -> StoreError {
     let advice = match why.kind() {
         io::ErrorKind::PermissionDenied => {
             "run as root, or use a --state-dir that you can write to"

@@ -90,11 +90,11 @@ pub(super) struct PublicIdentity {
     mtu: Option<u32>,
     discovery: bool,
     xdp: bool,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     dns: bool,
     #[serde(default)]
     dns_domain: Option<String>,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     docker: bool,
     #[serde(default)]
     bulk: Mode,
@@ -104,7 +104,7 @@ pub(super) struct PublicIdentity {
 }
 
 /// The default for nodes that were launched before the option existed.
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 

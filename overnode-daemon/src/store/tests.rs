@@ -92,8 +92,8 @@ fn mode(path: &Path) -> u32 {
 
 #[test]
 fn everything_survives_a_restart() {
-    let place = TempDir::new().unwrap();
-    let directory = place.path().join("a/state");
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("a/state");
     let store = Store::open(&directory).unwrap();
     assert_eq!(store.identity().unwrap(), None);
     assert_eq!(store.next_incarnation().unwrap(), None);
@@ -146,8 +146,8 @@ fn everything_survives_a_restart() {
 
 #[test]
 fn an_address_cannot_be_attached_twice() {
-    let place = TempDir::new().unwrap();
-    let store = Store::open(place.path()).unwrap();
+    let folder = TempDir::new().unwrap();
+    let store = Store::open(folder.path()).unwrap();
     store.add_attachment(&attachment(1)).unwrap();
     let other = Attachment { target: "netns:other".into(), ..attachment(1) };
     let error = store.add_attachment(&other).unwrap_err();
@@ -159,8 +159,8 @@ fn an_address_cannot_be_attached_twice() {
 
 #[test]
 fn only_the_owner_can_read_the_state_whatever_the_umask() {
-    let place = TempDir::new().unwrap();
-    let directory = place.path().join("state");
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("state");
     fs::create_dir(&directory).unwrap();
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
     fs::write(directory.join(LOCK), "").unwrap();
@@ -174,34 +174,34 @@ fn only_the_owner_can_read_the_state_whatever_the_umask() {
 /// Needs root to give files to another user.
 #[test]
 fn a_directory_or_file_of_another_user_is_refused() {
-    const STRANGER: u32 = 1000;
+    const OTHER_USER: u32 = 1000;
     let refused = |directory: &Path, what: &str| {
         for attempt in [Store::open(directory).map(drop), Store::wipe(directory)] {
             let why = attempt.unwrap_err();
             assert!(matches!(why, StoreError::Untrusted(_)), "{why}");
             assert!(
-                why.to_string().contains(&format!("{what} belongs to user {STRANGER}")),
+                why.to_string().contains(&format!("{what} belongs to user {OTHER_USER}")),
                 "{why}"
             );
             assert!(why.to_string().contains("--state-dir"), "{why}");
         }
     };
-    let place = TempDir::new().unwrap();
+    let folder = TempDir::new().unwrap();
     // The other user created the directory in advance and waits for files to appear in it.
-    let theirs = place.path().join("theirs");
+    let theirs = folder.path().join("theirs");
     fs::create_dir(&theirs).unwrap();
     fs::write(theirs.join(DATABASE), "").unwrap();
-    chown(&theirs, Some(STRANGER), None).unwrap();
+    chown(&theirs, Some(OTHER_USER), None).unwrap();
     refused(&theirs, "theirs");
     // The other user left a file in a directory that was once writable for everyone.
     for file in [LOCK, DATABASE] {
-        let open = place.path().join(format!("open {file}"));
+        let open = folder.path().join(format!("open {file}"));
         fs::create_dir(&open).unwrap();
         fs::write(open.join(LOCK), "").unwrap();
         fs::write(open.join(file), "theirs").unwrap();
-        chown(open.join(file), Some(STRANGER), None).unwrap();
+        chown(open.join(file), Some(OTHER_USER), None).unwrap();
         let why = Store::open(&open).unwrap_err().to_string();
-        assert!(why.contains(&format!("{file} belongs to user {STRANGER}")), "{why}");
+        assert!(why.contains(&format!("{file} belongs to user {OTHER_USER}")), "{why}");
         assert_eq!(fs::read(open.join(file)).unwrap(), b"theirs");
     }
 }
@@ -213,10 +213,10 @@ fn secrets_are_neither_printed_nor_stored_as_json() {
         !shown.contains("static-secret") && !shown.contains("[5,") && shown.contains("Secret(..)"),
         "{shown}"
     );
-    let place = TempDir::new().unwrap();
-    let store = Store::open(place.path()).unwrap();
+    let folder = TempDir::new().unwrap();
+    let store = Store::open(folder.path()).unwrap();
     store.set_external_peer(&external(Some(0x77))).unwrap();
-    assert!(bytes_of(place.path()).windows(32).any(|window| window == [0x77; 32]));
+    assert!(bytes_of(folder.path()).windows(32).any(|window| window == [0x77; 32]));
     let peer = encode(&external(Some(0x77)).public());
     assert!(!String::from_utf8(peer).unwrap().contains("preshared"));
 }
@@ -227,26 +227,26 @@ fn bytes_of(directory: &Path) -> Vec<u8> {
 
 #[test]
 fn a_second_daemon_is_refused_and_told_which_process_runs() {
-    let place = TempDir::new().unwrap();
-    let first = Store::open(place.path()).unwrap();
-    for attempt in [Store::open(place.path()).map(drop), Store::wipe(place.path())] {
+    let folder = TempDir::new().unwrap();
+    let first = Store::open(folder.path()).unwrap();
+    for attempt in [Store::open(folder.path()).map(drop), Store::wipe(folder.path())] {
         let text = attempt.unwrap_err().to_string();
         let expected = format!(
             "another daemon (process {}) uses {}",
             std::process::id(),
-            place.path().display()
+            folder.path().display()
         );
         assert!(text.starts_with(&expected), "{text}");
     }
     drop(first);
-    Store::open(place.path()).unwrap();
+    Store::open(folder.path()).unwrap();
 }
 
 #[test]
 fn state_of_another_version_is_refused_and_left_alone() {
     for found in ["2", "4", "\"x\"", "garbage"] {
-        let place = TempDir::new().unwrap();
-        let store = Store::open(place.path()).unwrap();
+        let folder = TempDir::new().unwrap();
+        let store = Store::open(folder.path()).unwrap();
         store.set_identity(&identity(), None).unwrap();
         store
             .change(|change| {
@@ -254,10 +254,10 @@ fn state_of_another_version_is_refused_and_left_alone() {
             })
             .unwrap();
         drop(store);
-        let error = Store::open(place.path()).unwrap_err();
+        let error = Store::open(folder.path()).unwrap_err();
         assert!(matches!(error, StoreError::Schema { .. }), "{error}");
         assert!(error.to_string().contains("overnode reset --force"), "{error}");
-        let database = Database::open(place.path().join(DATABASE)).unwrap();
+        let database = Database::open(folder.path().join(DATABASE)).unwrap();
         let table = database.begin_read().unwrap().open_table(META).unwrap();
         assert_eq!(table.get("schema").unwrap().unwrap().value(), found.as_bytes());
         assert!(table.get("identity").unwrap().is_some());
@@ -266,29 +266,29 @@ fn state_of_another_version_is_refused_and_left_alone() {
 
 #[test]
 fn a_file_that_is_not_a_database_is_refused_and_left_alone() {
-    let place = TempDir::new().unwrap();
-    let path = place.path().join(DATABASE);
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join(DATABASE);
     // The last one has the first bytes of a redb database.
     let cut_off = b"redb\x1a\x0a\xa9\x0d\x0a".to_vec();
     for bytes in
         [b"not a database".repeat(1000), vec![0; 4096], vec![0xff; 100_000], b"x".to_vec(), cut_off]
     {
         fs::write(&path, &bytes).unwrap();
-        let error = Store::open(place.path()).unwrap_err();
+        let error = Store::open(folder.path()).unwrap_err();
         assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
         assert_eq!(fs::read(&path).unwrap(), bytes);
     }
-    Store::wipe(place.path()).unwrap();
-    assert!(!place.path().exists());
+    Store::wipe(folder.path()).unwrap();
+    assert!(!folder.path().exists());
 }
 
 #[test]
 fn a_damaged_database_is_an_error_and_never_wrong_data() {
-    let place = TempDir::new().unwrap();
-    let store = Store::open(place.path()).unwrap();
+    let folder = TempDir::new().unwrap();
+    let store = Store::open(folder.path()).unwrap();
     store.set_identity(&identity(), Some(&["host2".into()])).unwrap();
     drop(store);
-    let path = place.path().join(DATABASE);
+    let path = folder.path().join(DATABASE);
     let good = fs::read(&path).unwrap();
     let mut refused = 0;
     for position in (0..good.len()).step_by(good.len() / 150) {
@@ -296,7 +296,7 @@ fn a_damaged_database_is_an_error_and_never_wrong_data() {
         bad[position] ^= 0xff;
         bad[position ^ 1] ^= 0x55;
         fs::write(&path, &bad).unwrap();
-        match Store::open(place.path()).and_then(|store| store.identity()) {
+        match Store::open(folder.path()).and_then(|store| store.identity()) {
             Ok(read) => assert_eq!(read, Some(identity()), "byte {position}"),
             Err(error) => {
                 assert!(
@@ -312,27 +312,27 @@ fn a_damaged_database_is_an_error_and_never_wrong_data() {
 
 #[test]
 fn unusable_directories_are_explained() {
-    let place = TempDir::new().unwrap();
-    let file = place.path().join("file");
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
     let text = Store::open(&file).unwrap_err().to_string();
     assert!(text.contains("use a --state-dir that is a directory"), "{text}");
     let text = Store::open(&file.join("below")).unwrap_err().to_string();
     assert!(text.contains("use a --state-dir that is a directory"), "{text}");
 
-    let text = Store::open(place.path()).unwrap_err().to_string();
+    let text = Store::open(folder.path()).unwrap_err().to_string();
     assert!(text.contains("contains other files, but no state of overnode"), "{text}");
-    assert_ne!(mode(place.path()), 0o000);
+    assert_ne!(mode(folder.path()), 0o000);
     assert!(file.exists());
 
-    let text = Store::open_existing(&place.path().join("none")).unwrap_err().to_string();
+    let text = Store::open_existing(&folder.path().join("none")).unwrap_err().to_string();
     assert!(text.contains("`overnode launch` creates it"), "{text}");
-    assert!(!place.path().join("none").exists());
+    assert!(!folder.path().join("none").exists());
 
     let text = Store::open(Path::new("/proc/overnode")).unwrap_err().to_string();
     assert!(text.starts_with("could not create the state directory /proc/overnode: "), "{text}");
 
-    let trap = place.path().join("trap");
+    let trap = folder.path().join("trap");
     fs::create_dir(&trap).unwrap();
     symlink(&file, trap.join(LOCK)).unwrap();
     assert!(Store::open(&trap).is_err(), "a link is not followed");
@@ -341,8 +341,8 @@ fn unusable_directories_are_explained() {
 
 #[test]
 fn destroying_the_state_removes_it_and_nothing_else() {
-    let place = TempDir::new().unwrap();
-    let directory = place.path().join("state");
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("state");
     Store::open(&directory).unwrap().destroy().unwrap();
     assert!(!directory.exists());
     Store::wipe(&directory).unwrap();
@@ -355,11 +355,11 @@ fn destroying_the_state_removes_it_and_nothing_else() {
 /// This test runs itself in a child process and kills it.
 #[test]
 fn acknowledged_attachments_survive_sigkill() {
-    const PLACE: &str = "OVERNODE_TEST_STORE";
-    if let Some(directory) = std::env::var_os(PLACE) {
+    const DIRECTORY_VARIABLE: &str = "OVERNODE_TEST_STORE";
+    if let Some(directory) = std::env::var_os(DIRECTORY_VARIABLE) {
         write_until_killed(Path::new(&directory));
     }
-    let place = TempDir::new().unwrap();
+    let folder = TempDir::new().unwrap();
     let mut known = 0;
     for round in 0..6 {
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -368,7 +368,7 @@ fn acknowledged_attachments_survive_sigkill() {
                 "--exact",
                 "--nocapture",
             ])
-            .env(PLACE, place.path())
+            .env(DIRECTORY_VARIABLE, folder.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -383,7 +383,7 @@ fn acknowledged_attachments_survive_sigkill() {
             answered = line.trim_start_matches("answered ").parse().unwrap_or(answered);
         }
         child.wait().unwrap();
-        let store = Store::open(place.path()).unwrap();
+        let store = Store::open(folder.path()).unwrap();
         let kept = store.attachments().unwrap();
         assert!(
             kept.len() == answered || kept.len() == answered + 1,
@@ -422,8 +422,8 @@ fn a_store_can_be_reopened_while_child_processes_start() {
                 Command::new("/bin/true").status().unwrap();
             }
         });
-        let place = TempDir::new().unwrap();
-        let outcome: Result<()> = (0..150).try_for_each(|_| Store::open(place.path()).map(drop));
+        let folder = TempDir::new().unwrap();
+        let outcome: Result<()> = (0..150).try_for_each(|_| Store::open(folder.path()).map(drop));
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         outcome.unwrap();
     });

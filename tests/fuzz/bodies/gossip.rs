@@ -168,7 +168,8 @@ impl World {
         let (count, bytes) =
             others.fold((0, 0), |(count, bytes), it| (count + 1, bytes + budget::weight(it)));
         assert!(
-            count <= usize::from(NodeId::MAX) && bytes <= budget::SHARED_BYTES + count * budget::RESERVED_BYTES
+            count <= usize::from(NodeId::MAX)
+                && bytes <= budget::SHARED_BYTES + count * budget::RESERVED_BYTES
         );
         for (to, path) in self.gossip.paths() {
             assert_ne!(*to, id(OWN));
