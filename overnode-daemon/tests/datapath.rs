@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use aya::maps::Array;
 use datapath_support::{Host, Namespace, Pair, addr, ip, ip_output, reexec, run};
 use overnode_daemon::datapath::{Attachment, Datapath, Hook, KnownEndpoint, LinkEvent, NetnsRef};
-use overnode_types::{PeerIndex, PublicKey};
+use overnode_types::{MacAddr, PeerIndex, PublicKey};
 
 #[test]
 fn containers_reach_each_other_over_ipv4() {
@@ -302,7 +302,7 @@ fn a_failed_attach_leaves_nothing() {
         let gone = at(NetnsRef::Pid(u32::MAX));
         refused(datapath, &gone, "check that the process still runs").await;
         let group = Attachment {
-            mac: Some([1, 0, 0, 0, 0, 1]),
+            mac: Some(MacAddr::new([1, 0, 0, 0, 0, 1])),
             ..attachment(&pair.container_a, "10.40.0.1", "ov00000001")
         };
         refused(datapath, &group, "MAC address").await;

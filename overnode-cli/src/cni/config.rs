@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use overnode_api::CONTAINER_INTERFACE;
 use overnode_api::{self as api, CniEndpoint, Target};
+use overnode_types::MacAddr;
 use overnode_types::text::{harmless, quoted, reason};
 use serde::Deserialize;
 use serde_json::Value;
@@ -93,7 +94,7 @@ pub struct Attachment {
     /// Static address. One without a prefix gets a prefix of 32 bits.
     pub address: Option<IpNet>,
     /// Hardware address.
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<MacAddr>,
     /// Name of the container.
     pub name: Option<String>,
 }
@@ -328,7 +329,7 @@ fn attachment(command: Command, config: &Config, env: Env<'_>) -> Result<Attachm
 #[derive(Debug, Default)]
 struct Args {
     address: Option<IpNet>,
-    mac: Option<[u8; 6]>,
+    mac: Option<MacAddr>,
     name: Option<String>,
 }
 
@@ -480,13 +481,8 @@ fn parse_address(text: &str) -> Option<IpNet> {
     address.addr().is_ipv4().then_some(address)
 }
 
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Vec<u8> = text
-        .split(':')
-        .map(|byte| (byte.len() == 2).then(|| u8::from_str_radix(byte, 16).ok()).flatten())
-        .collect::<Option<_>>()?;
-    let mac: [u8; 6] = bytes.try_into().ok()?;
-    (mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+fn parse_mac(text: &str) -> Option<MacAddr> {
+    text.parse().ok().filter(|mac: &MacAddr| mac.is_assignable())
 }
 
 fn is_name(name: &str) -> bool {

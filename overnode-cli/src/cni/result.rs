@@ -26,8 +26,8 @@ pub fn added(
     result.insert("cniVersion".into(), version.into());
     let mut near = json!({"name": attached.host_interface});
     let mut far = json!({"name": attached.interface, "sandbox": wanted.netns});
-    if let Some(mac) = &attached.mac {
-        far["mac"] = mac.as_str().into();
+    if let Some(mac) = attached.mac {
+        far["mac"] = mac.to_string().into();
     }
     if version == "1.1.0" {
         near["mtu"] = attached.mtu.into();

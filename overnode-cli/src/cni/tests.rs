@@ -2,6 +2,8 @@
 //! need a node are tested in tests/cni. Each test names the section. Section 4 does not apply,
 //! because the plugin delegates to no others.
 
+use overnode_types::MacAddr;
+
 use super::*;
 
 const ADD: &[(&str, &str)] = &[
@@ -263,7 +265,7 @@ fn arguments_and_capabilities_are_applied() {
                  K8S_POD_NAMESPACE=shop";
     let wanted = added_with(&conf("1.0.0", json!({})), &[("CNI_ARGS", args)]);
     assert_eq!(wanted.address, Some("10.32.0.7/32".parse().unwrap()));
-    assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 7]));
+    assert_eq!(wanted.mac, Some(MacAddr::new([2, 0, 0, 0, 0, 7])));
     assert_eq!(wanted.name.as_deref(), Some("web.shop"));
     assert_eq!(
         (wanted.endpoint.ifname.as_str(), wanted.endpoint.interface.as_str()),
@@ -274,7 +276,7 @@ fn arguments_and_capabilities_are_applied() {
         json!({"runtimeConfig": {"ips": ["10.32.0.8/12"], "mac": "02:00:00:00:00:08"}});
     let wanted = added_with(&conf("1.0.0", capabilities), &[("CNI_ARGS", "K8S_POD_NAME=web")]);
     assert_eq!(wanted.address, Some("10.32.0.8/12".parse().unwrap()));
-    assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 8]));
+    assert_eq!(wanted.mac, Some(MacAddr::new([2, 0, 0, 0, 0, 8])));
     assert_eq!(wanted.name.as_deref(), Some("web"));
 
     // In a chain, settings that every plugin gets are meant for the first one.
@@ -302,7 +304,7 @@ fn attached() -> Attached {
         interface: "eth0".into(),
         host_interface: "ov0a280001".into(),
         mtu: 1420,
-        mac: Some("02:00:00:00:00:01".into()),
+        mac: Some(MacAddr::new([2, 0, 0, 0, 0, 1])),
     }
 }
 

@@ -14,7 +14,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 use super::attachment::CniEndpoint;
 use super::bulk::Mode;
 use super::target::{Host, Netns, Target};
-use overnode_types::{NodeId, PublicKey, Secret};
+use overnode_types::{MacAddr, NodeId, PublicKey, Secret};
 
 /// Starts the node, or adds targets to a running node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -154,7 +154,7 @@ pub struct CniAttach {
     pub endpoint: CniEndpoint,
     /// The MAC address. Default: a random one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<MacAddr>,
 }
 
 /// The answer to [`Attach`].
@@ -170,7 +170,7 @@ pub struct Attached {
     pub mtu: u32,
     /// The MAC address inside the network namespace; present only for a new interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<String>,
+    pub mac: Option<MacAddr>,
 }
 
 /// Detaches a network namespace, whether or not it still exists.

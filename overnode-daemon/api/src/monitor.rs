@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::status::Path;
-use overnode_types::{NodeId, PublicKey};
+use overnode_types::{MacAddr, NodeId, PublicKey};
 
 /// An event on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,8 +246,8 @@ pub struct Headers {
 /// An Ethernet header.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ethernet {
-    /// The sender's MAC address, in the form `02:00:00:00:00:01`.
-    pub source: String,
+    /// The sender's MAC address.
+    pub source: MacAddr,
     /// The EtherType of the payload; 2048 is IPv4.
     pub ether_type: u16,
 }

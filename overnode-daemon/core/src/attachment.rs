@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use overnode_types::MacAddr;
 use serde::{Deserialize, Serialize};
 
 pub use overnode_api::{CniEndpoint, Kind};
@@ -15,7 +16,7 @@ pub struct EngineEndpoint {
     /// The endpoint's ID.
     pub endpoint: String,
     /// MAC address of the container's end.
-    pub mac: [u8; 6],
+    pub mac: MacAddr,
     /// Whether the endpoint has joined a container. [`Attachment::netns`] locates the container.
     pub joined: bool,
 }

@@ -15,12 +15,13 @@ use tracing::warn;
 use super::address::to_map;
 use super::bpffs::Pin;
 use super::bulk::is_bulk_device;
-use super::interfaces::{End, Link, Mac, Netlink};
+use super::interfaces::{End, Link, Netlink};
 use super::netns::{self, NetnsId, NetnsRef};
 use super::programs::{FROM_CONTAINER, TO_CONTAINER, detach_filter};
-use super::{Datapath, isolate_interface, mac_of, offload};
+use super::{Datapath, is_mac_of, isolate_interface, mac_of, offload};
 use crate::failpoint;
 use overnode_core::attachment::{host_interface, waiting_interface};
+use overnode_types::MacAddr;
 
 pub use overnode_api::CONTAINER_INTERFACE;
 
@@ -50,7 +51,7 @@ pub struct Attachment {
     /// Overlay address. Its prefix length is that of the subnet.
     pub address: IpAddr,
     /// MAC address. `None` picks a random one.
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<MacAddr>,
     /// Name of the host-side end: `ov` and 8 hex digits, see [`host_interface`].
     pub host_interface: String,
 }
@@ -84,9 +85,9 @@ pub struct Attached {
     /// Interface index of the host-side end.
     pub ifindex: u32,
     /// MAC address of the container-side end.
-    pub mac: [u8; 6],
+    pub mac: MacAddr,
     /// MAC address of the host-side end, which ARP replies carry.
-    pub gateway_mac: [u8; 6],
+    pub gateway_mac: MacAddr,
     /// Name of the host-side end.
     pub host_interface: String,
     /// Network namespace of the container. `None` for the host, and while the end waits for a
@@ -97,10 +98,10 @@ pub struct Attached {
 }
 
 /// Returns a random MAC address that is locally administered and unicast.
-pub fn random_mac() -> [u8; 6] {
-    let mut mac: Mac = rand::rng().random();
-    mac[0] = mac[0] & 0xfc | 2;
-    mac
+pub fn random_mac() -> MacAddr {
+    let mut octets: [u8; 6] = rand::rng().random();
+    octets[0] = octets[0] & 0xfc | 2;
+    MacAddr::new(octets)
 }
 
 /// Returns true for names that [`host_interface`] returns.
@@ -147,7 +148,7 @@ impl Datapath {
             "{address} is already attached"
         );
         ensure!(
-            mac.is_none_or(|mac| mac[0] & 1 == 0 && mac != [0; 6]),
+            mac.is_none_or(MacAddr::is_assignable),
             "this MAC address cannot be the address of an interface"
         );
         let inside = match place {
@@ -241,8 +242,12 @@ impl Datapath {
         failpoint::reached("from_container");
         self.programs.attach(TO_CONTAINER, &host, &self.pins)?;
         failpoint::reached("to_container");
-        self.maps
-            .set_endpoint(host.index, Endpoint { address: to_map(*address), mac, gateway_mac })?;
+        let entry = Endpoint {
+            address: to_map(*address),
+            mac: mac.octets(),
+            gateway_mac: gateway_mac.octets(),
+        };
+        self.maps.set_endpoint(host.index, entry)?;
         let (address, prefix) = (*address, self.network.subnet.prefix_len());
         failpoint::reached("endpoint");
         match inside {
@@ -339,11 +344,7 @@ pub(super) fn is_ours(link: &Link, alias: &str, node: &str) -> bool {
         || link.name == super::offload_veth::SECOND;
     match &link.alias {
         Some(found) => found == alias && is_named_so && link.is_veth,
-        None => {
-            is_named_so
-                && link.is_veth
-                && link.mac.is_some_and(|mac| mac.starts_with(&mac_of(node, [0; 2])[..4]))
-        }
+        None => is_named_so && link.is_veth && link.mac.is_some_and(|mac| is_mac_of(node, mac)),
     }
 }
 

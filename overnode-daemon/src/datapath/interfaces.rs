@@ -16,6 +16,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute};
 use netlink_packet_route::tc::TcHandle;
+use overnode_types::MacAddr;
 use rtnetlink::sys::AsyncSocket as _;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder, RuleAddRequest};
 use tokio::task::JoinHandle;
@@ -24,9 +25,6 @@ use super::guard;
 
 /// Priority of the first of two routing rules. The rule for the main table has priority 32766.
 const GUARD: u32 = 32764;
-
-/// A MAC address.
-pub(super) type Mac = [u8; 6];
 
 /// A netlink socket of one network namespace.
 #[derive(Debug)]
@@ -41,7 +39,7 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) alias: Option<String>,
-    pub(super) mac: Option<Mac>,
+    pub(super) mac: Option<MacAddr>,
     pub(super) mtu: u32,
     pub(super) is_up: bool,
     pub(super) is_veth: bool,
@@ -53,7 +51,7 @@ pub(super) struct Link {
 #[derive(Clone, Debug)]
 pub(super) struct End<'a> {
     pub(super) name: &'a str,
-    pub(super) mac: Mac,
+    pub(super) mac: MacAddr,
     pub(super) mtu: u32,
     /// Network namespace to create the end in. `None` means the namespace of the socket.
     pub(super) namespace: Option<RawFd>,
@@ -386,7 +384,7 @@ impl End<'_> {
         let mut message = LinkMessageBuilder::<LinkUnspec>::default()
             .name(self.name)
             .mtu(self.mtu)
-            .address(self.mac.to_vec())
+            .address(self.mac.octets().to_vec())
             .build();
         if let Some(fd) = self.namespace {
             message.attributes.push(LinkAttribute::NetNsFd(fd));
@@ -416,7 +414,9 @@ impl From<&LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
-                LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
+                LinkAttribute::Address(mac) => {
+                    link.mac = <[u8; 6]>::try_from(mac.as_slice()).ok().map(MacAddr::from);
+                }
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::LinkInfo(infos) => {
                     link.is_veth =

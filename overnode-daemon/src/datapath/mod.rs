@@ -58,7 +58,7 @@ pub use self::watch::LinkEvent;
 
 use self::bpffs::{Pin, Pins};
 use self::endpoint::is_ours;
-use self::interfaces::{Mac, Netlink};
+use self::interfaces::Netlink;
 use self::maps::{Maps, pinned_mismatches};
 use self::offload_veth::OffloadVeth;
 use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL, TO_CONTAINER};
@@ -66,7 +66,7 @@ use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
 use overnode_core::handshake::mac1_state;
-use overnode_types::{Network, NodeId, PeerIndex, PublicKey};
+use overnode_types::{MacAddr, Network, NodeId, PeerIndex, PublicKey};
 
 /// Options for opening the data plane.
 #[derive(Clone, Debug)]
@@ -362,11 +362,17 @@ fn alias_of(node: &str) -> String {
 
 /// Returns a locally administered MAC address. The first 4 bytes identify the node, the last 2 are
 /// `last`.
-fn mac_of(node: &str, last: [u8; 2]) -> Mac {
+fn mac_of(node: &str, last: [u8; 2]) -> MacAddr {
     let byte = |at: usize| {
         node.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0)
     };
-    [2, byte(0), byte(2), byte(4), last[0], last[1]]
+    MacAddr::new([2, byte(0), byte(2), byte(4), last[0], last[1]])
+}
+
+/// Returns true for the addresses that [`mac_of`] returns for this node.
+fn is_mac_of(node: &str, mac: MacAddr) -> bool {
+    let [.., low, last] = mac.octets();
+    mac == mac_of(node, [low, last])
 }
 
 /// Turns off IPv6 on one of our interfaces and keeps its packets away from the host's own stack. If

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use overnode_ebpf::wire::ETHERTYPE_IPV4;
 
 use super::interfaces::{End, Link, Netlink};
-use super::{isolate_interface, mac_of, offload};
+use super::{is_mac_of, isolate_interface, mac_of, offload};
 
 /// First end. Programs redirect packets for other hosts to it.
 pub(super) const FIRST: &str = "ovn0";
@@ -37,7 +37,7 @@ impl OffloadVeth {
             // that only its MAC address identifies as ours.
             let is_ours = match &link.alias {
                 Some(found) => found == alias,
-                None => link.mac.is_some_and(|mac| mac.starts_with(&mac_of(node, [0; 2])[..4])),
+                None => link.mac.is_some_and(|mac| is_mac_of(node, mac)),
             };
             ensure!(
                 is_ours,

@@ -15,6 +15,7 @@ use overnode_ebpf::wire::{
 };
 
 use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
+use overnode_types::MacAddr;
 
 /// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;
@@ -93,8 +94,7 @@ fn of_container(frame: &[u8]) -> Headers {
         ether_type = behind;
         body = body.get(VLAN_TAG_LEN..).unwrap_or_default();
     }
-    headers.ethernet =
-        Some(Ethernet { source: source.map(|byte| format!("{byte:02x}")).join(":"), ether_type });
+    headers.ethernet = Some(Ethernet { source: MacAddr::new(*source), ether_type });
     match ether_type {
         ETHERTYPE_IPV4 => headers.inner = ipv4(body).map(|(flow, _)| flow),
         ETHERTYPE_IPV6 => headers.inner = ipv6(body).map(|(flow, _)| flow),

@@ -281,7 +281,7 @@ impl Containers {
             interface: inside,
             host_interface: attached.host_interface,
             mtu: attached.mtu,
-            mac: Some(attached.mac.map(|byte| format!("{byte:02x}")).join(":")),
+            mac: Some(attached.mac),
         })
     }
 

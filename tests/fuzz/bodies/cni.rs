@@ -66,7 +66,7 @@ fn check(wanted: &config::Attachment) {
         assert!(!interface.contains(['/', ':', ' ', '\n', '\0']), "{wanted:?}");
     }
     assert!(wanted.address.is_none_or(|address| address.addr().is_ipv4()));
-    assert!(wanted.mac.is_none_or(|mac| mac[0] & 1 == 0));
+    assert!(wanted.mac.is_none_or(|mac| !mac.is_multicast()));
 }
 
 /// Checks that the result contains the earlier plugins' entries and this attachment, and that a

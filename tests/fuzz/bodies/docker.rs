@@ -149,7 +149,7 @@ fn check_record(record: &Attachment) {
     assert!(record.host_interface.len() <= 15, "{record:?}");
     if let Some(engine) = &record.engine {
         assert!(is_id(&engine.network) && is_id(&engine.endpoint), "{engine:?}");
-        assert!(engine.mac[0] & 1 == 0, "the interface has a multicast address: {engine:?}");
+        assert!(!engine.mac.is_multicast(), "the interface has a multicast address: {engine:?}");
     }
 }
 

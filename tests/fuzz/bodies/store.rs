@@ -9,7 +9,7 @@ use overnode_core::gossip::{Record, Signature};
 use overnode_daemon::store::{DATABASE, ExternalPeer, Identity, Known, Store, StoreError};
 use overnode_types::name::Named;
 use overnode_types::text::is_harmless;
-use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret, VerifyingKey};
+use overnode_types::{MacAddr, Network, NodeId, PeerIndex, PublicKey, Secret, VerifyingKey};
 use redb::{Database, ReadableDatabase, TableDefinition};
 
 use super::input::{Input, MAX_STEPS};
@@ -214,7 +214,7 @@ fn attachment() -> Attachment {
         engine: Some(EngineEndpoint {
             network: "n1".into(),
             endpoint: "e1".into(),
-            mac: [2, 0, 0, 0, 0, 1],
+            mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
             joined: true,
         }),
         cni: None,

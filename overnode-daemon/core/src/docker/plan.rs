@@ -19,6 +19,7 @@ use super::message::{
 use super::report::{Container, Report};
 use crate::attachment::{Attachment, EngineEndpoint, Kind, host_interface, waiting_interface};
 use overnode_api::check_name;
+use overnode_types::MacAddr;
 use overnode_types::text::quoted;
 
 /// Time after which a lease that the engine no longer lists is freed. It only counts while the
@@ -433,12 +434,15 @@ impl Docker {
         let lease = self.leases.get(&address.addr()).ok_or_else(not_ours)?;
         let given = match request.interface.mac_address.as_str() {
             "" => None,
-            text => Some(parse_mac(text).ok_or_else(|| {
-                Refusal::new(format_args!(
-                    "{:?} is not a valid MAC address for a container",
-                    quoted(text)
-                ))
-            })?),
+            text => match text.parse::<MacAddr>() {
+                Ok(mac) if mac.is_assignable() => Some(mac),
+                Ok(_) | Err(_) => {
+                    return Err(Refusal::new(format_args!(
+                        "{:?} is not a valid MAC address for a container",
+                        quoted(text)
+                    )));
+                }
+            },
         };
         match &lease.record.engine {
             Some(known) if known.endpoint != request.endpoint => {
@@ -530,35 +534,19 @@ fn after_deletion(record: Attachment) -> Attachment {
 
 /// Returns the answer to an endpoint's creation. `with_mac` must be false if the engine assigned the
 /// MAC address: it treats an answer that repeats its own values as an error.
-fn endpoint_answer(with_mac: bool, mac: [u8; 6]) -> Response {
-    let mac_address = if with_mac { write_mac(mac) } else { String::new() };
+fn endpoint_answer(with_mac: bool, mac: MacAddr) -> Response {
+    let mac_address = if with_mac { mac.to_string() } else { String::new() };
     Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }
 }
 
 /// Derives a locally administered MAC address from an IP address. It is stable, so that a
 /// container's neighbors need no ARP update when the container restarts.
-fn mac_of(address: IpAddr) -> [u8; 6] {
+fn mac_of(address: IpAddr) -> MacAddr {
     let low = match address {
         IpAddr::V4(v4) => v4.octets(),
         IpAddr::V6(v6) => (v6.to_bits() as u32).to_be_bytes(),
     };
-    [0x02, 0x6f, low[0], low[1], low[2], low[3]]
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Vec<u8> = text
-        .split([':', '-'])
-        .map(|byte| {
-            let fits = byte.len() == 2 && byte.bytes().all(|digit| digit.is_ascii_hexdigit());
-            fits.then(|| u8::from_str_radix(byte, 16).ok()).flatten()
-        })
-        .collect::<Option<_>>()?;
-    let mac: [u8; 6] = bytes.try_into().ok()?;
-    (mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
-}
-
-fn write_mac(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
+    MacAddr::new([0x02, 0x6f, low[0], low[1], low[2], low[3]])
 }
 
 #[cfg(test)]

@@ -62,7 +62,8 @@ fn a_packet_from_a_container_is_decoded() {
         ("tcp", Some(5000), Some(80))
     );
     let ethernet = seen.headers.ethernet.clone().unwrap();
-    assert_eq!((&*ethernet.source, ethernet.ether_type), ("02:00:00:00:00:02", 0x0800));
+    assert_eq!(ethernet.source.to_string(), "02:00:00:00:00:02");
+    assert_eq!(ethernet.ether_type, 0x0800);
     assert_eq!(seen.headers.outer, None);
 }
 

@@ -239,7 +239,7 @@ fn the_answer_contains_a_mac_address_only_if_the_node_chose_it() {
         assert_eq!(interface.mac_address.is_empty(), !given.is_empty(), "{interface:?}");
         let kept = world.plan.by_endpoint(endpoint).unwrap().engine.clone().unwrap().mac;
         let mac = if given.is_empty() { &interface.mac_address } else { given };
-        assert_eq!(parse_mac(mac), Some(kept));
+        assert_eq!(mac.parse(), Ok(kept));
         // An engine that repeats the address it was told must not get it back in the answer.
         let mac = mac.to_owned();
         let Response::Endpoint { interface } = world.done(with_mac(endpoint, &address, &mac))
@@ -249,16 +249,9 @@ fn the_answer_contains_a_mac_address_only_if_the_node_chose_it() {
         assert_eq!(interface, Interface::default());
     }
     assert_ne!(mac_of([10, 40, 0, 1].into()), mac_of([10, 40, 0, 2].into()));
-    for bad in [
-        "",
-        "02",
-        "01:00:00:00:00:00",
-        "00:00:00:00:00:00",
-        "02:0:0:0:0:0",
-        "02:00:00:00:00:00:00",
-        "+2:00:00:00:00:00",
-    ] {
-        assert_eq!(parse_mac(bad), None, "{bad}");
+    let Response::Address { address } = world.done(request_address("")) else { panic!() };
+    for bad in ["02", "01:00:00:00:00:00", "00:00:00:00:00:00"] {
+        world.refused(with_mac("e3", &address, bad), "not a valid MAC address");
     }
 }
 
