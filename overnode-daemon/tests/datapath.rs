@@ -437,7 +437,7 @@ fn paths_follow_routes_addresses_and_mtus() {
         datapath.set_peer(PeerIndex(9), &key, endpoint("203.0.113.9:6784")).await.unwrap();
         let path = |datapath: &Datapath| {
             let peer = datapath.peers().unwrap().remove(0);
-            (peer.ifindex != 0, peer.mtu, peer.endpoint)
+            (peer.ifindex.is_some(), peer.mtu, peer.endpoint)
         };
         assert!(!path(datapath).0, "no route yet");
         ip(&["route", "add", "203.0.113.0/24", "via", "192.0.2.2", "mtu", "1400"]);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
 use overnode_api::bulk::{Cipher, Mode};
+use overnode_types::InterfaceIndex;
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
@@ -97,7 +98,7 @@ pub enum FromWorkers {
         /// Mode that the process was started with.
         mode: Mode,
         /// Interface index of each worker's device.
-        devices: Vec<u32>,
+        devices: Vec<InterfaceIndex>,
         /// Speed of each cipher, ordered by number, in MiB/s.
         speeds: [u32; Cipher::ALL.len()],
     },

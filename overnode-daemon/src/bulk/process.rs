@@ -38,7 +38,7 @@ use super::worker::{Command, Handles, Shared, Worker, send_hello};
 use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate};
-use overnode_types::{PeerIndex, PublicKey};
+use overnode_types::{InterfaceIndex, PeerIndex, PublicKey};
 
 /// First argument that makes the program run as this process. It takes the place of any option.
 pub const ARGUMENT: &str = "bulk-workers";
@@ -73,7 +73,7 @@ pub struct Start {
     /// Public key of this node, which initiators of handshakes must know.
     pub public_key: [u8; 32],
     /// Interface index of each worker's device.
-    pub devices: Vec<u32>,
+    pub devices: Vec<InterfaceIndex>,
     /// True if there are IPv4 sockets.
     pub has_v4: bool,
     /// True if there are IPv6 sockets.
@@ -165,7 +165,6 @@ impl Thread {
     fn spawn(number: u8, handles: Handles, start: &Start, shared: &Arc<Shared>) -> Result<Self> {
         let (commands, received_commands) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
-        let ifindex = start.devices.get(usize::from(number)).copied().unwrap_or_default();
         let public_key = PublicKey(start.public_key);
         // The generator is seeded here, before the worker's thread confines itself.
         let gate = Gate::new(&public_key, BULK_PORT, shared.awaited.clone(), StdRng::from_os_rng());
@@ -178,7 +177,9 @@ impl Thread {
             wake.clone(),
             shared.clone(),
         );
-        shared.maps.set_worker(number.into(), ifindex, boot_now_ns());
+        if let Some(device) = start.devices.get(usize::from(number)) {
+            shared.maps.set_worker(number.into(), *device, boot_now_ns());
+        }
         let handle =
             std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
                 use_batch_scheduling();
@@ -503,13 +504,9 @@ impl Process {
         for index in self.peers.keys() {
             self.shared.maps.serve(*index, 0);
         }
-        for worker in 0..self.shared.workers {
-            self.shared.maps.clear_worker(worker, self.device(worker));
+        for (worker, device) in (0..).zip(&self.start.devices) {
+            self.shared.maps.clear_worker(worker, *device);
         }
-    }
-
-    fn device(&self, worker: u32) -> u32 {
-        self.start.devices.get(worker as usize).copied().unwrap_or_default()
     }
 
     fn stop_workers(self) -> Result<()> {

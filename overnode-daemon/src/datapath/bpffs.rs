@@ -33,6 +33,7 @@ use nix::sys::statvfs::FsFlags;
 use overnode_ebpf::map::MapLayout;
 
 use overnode_trust::{self as trust, Untrusted};
+use overnode_types::InterfaceIndex;
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// Mount options that systemd uses. Without a mode the mount would be 01777.
@@ -89,15 +90,15 @@ pub(super) struct Pins {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Pin {
     /// A pinned link (tcx or XDP).
-    Link { ifindex: u32, program: String },
+    Link { ifindex: InterfaceIndex, program: String },
     /// A marker for a clsact filter.
-    Filter { ifindex: u32, program: String },
+    Filter { ifindex: InterfaceIndex, program: String },
     /// A marker for a clsact qdisc that this node added.
-    Qdisc { ifindex: u32 },
+    Qdisc { ifindex: InterfaceIndex },
 }
 
 impl Pin {
-    pub(super) const fn ifindex(&self) -> u32 {
+    pub(super) const fn ifindex(&self) -> InterfaceIndex {
         match self {
             Self::Link { ifindex, .. } | Self::Filter { ifindex, .. } | Self::Qdisc { ifindex } => {
                 *ifindex
@@ -116,7 +117,7 @@ impl Pin {
 
     fn parse(name: &str) -> Option<Self> {
         let (ifindex, rest) = name.split_once('-')?;
-        let ifindex = ifindex.parse().ok()?;
+        let ifindex = InterfaceIndex::from_kernel(ifindex.parse().ok()?)?;
         if rest == &SUFFIX_QDISC[1..] {
             return Some(Self::Qdisc { ifindex });
         }
@@ -490,9 +491,9 @@ mod tests {
     #[test]
     fn pins_round_trip_through_their_file_names() {
         for pin in [
-            Pin::Link { ifindex: 7, program: "from_underlay".into() },
-            Pin::Filter { ifindex: 7, program: "seal".into() },
-            Pin::Qdisc { ifindex: 4_000_000_000 },
+            Pin::Link { ifindex: InterfaceIndex::new(7), program: "from_underlay".into() },
+            Pin::Filter { ifindex: InterfaceIndex::new(7), program: "seal".into() },
+            Pin::Qdisc { ifindex: InterfaceIndex::new(4_000_000_000) },
         ] {
             assert_eq!(Pin::parse(&pin.file_name()), Some(pin.clone()));
             assert!(!pin.file_name().contains('.'), "bpffs refuses names with dots");

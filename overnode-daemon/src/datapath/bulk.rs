@@ -16,6 +16,7 @@ use super::interfaces::Link;
 use super::maps::Slots;
 use super::programs::FROM_BULK;
 use super::{Datapath, isolate_interface};
+use overnode_types::InterfaceIndex;
 
 /// Prefix of the device names. The kernel appends a number.
 const PREFIX: &str = "ovnb";
@@ -57,10 +58,10 @@ impl BulkMaps {
     }
 
     /// Lets the programs pass packets to a worker. `now_ns` is in nanoseconds since boot.
-    pub fn set_worker(&self, worker: u32, ifindex: u32, now_ns: u64) {
+    pub fn set_worker(&self, worker: u32, ifindex: InterfaceIndex, now_ns: u64) {
         if let Some(cell) = self.workers.at(worker) {
             cell.alive_ns().store(now_ns, Ordering::Relaxed);
-            cell.ifindex().store(ifindex, Ordering::Release);
+            cell.ifindex().store(ifindex.get(), Ordering::Release);
         }
     }
 
@@ -72,10 +73,14 @@ impl BulkMaps {
     }
 
     /// Stops the programs from passing packets to a worker, if `ifindex` is still its device.
-    pub fn clear_worker(&self, worker: u32, ifindex: u32) {
+    pub fn clear_worker(&self, worker: u32, ifindex: InterfaceIndex) {
         if let Some(cell) = self.workers.at(worker) {
-            let _ =
-                cell.ifindex().compare_exchange(ifindex, 0, Ordering::AcqRel, Ordering::Relaxed);
+            let _ = cell.ifindex().compare_exchange(
+                ifindex.get(),
+                0,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
         }
     }
 
@@ -112,7 +117,7 @@ pub struct BulkDevice {
     /// open.
     pub file: File,
     /// Interface index.
-    pub ifindex: u32,
+    pub ifindex: InterfaceIndex,
     /// True if the device does segmentation offload of UDP.
     pub takes_uso: bool,
 }
@@ -162,7 +167,7 @@ impl Datapath {
     ///
     /// # Errors
     /// Fails if there is no such device, or if the kernel refuses.
-    pub async fn adopt_bulk_device(&mut self, ifindex: u32) -> Result<()> {
+    pub async fn adopt_bulk_device(&mut self, ifindex: InterfaceIndex) -> Result<()> {
         let link = self
             .netlink
             .link(ifindex)
@@ -190,7 +195,7 @@ impl Datapath {
     }
 
     /// Drops ownership of the given devices, whose workers are gone.
-    pub fn forget_bulk_devices(&mut self, devices: &[u32]) {
+    pub fn forget_bulk_devices(&mut self, devices: &[InterfaceIndex]) {
         self.bulk_devices.retain(|ifindex| !devices.contains(ifindex));
     }
 }

@@ -7,6 +7,7 @@ use tokio::io::unix::AsyncFd;
 use super::Datapath;
 use super::clock::Clock;
 use crate::monitor::decode::{Seen, record};
+use overnode_types::InterfaceIndex;
 
 /// Maximum number of records returned at a time.
 const BATCH: usize = 64;
@@ -83,7 +84,7 @@ impl Datapath {
     /// Returns the name of an interface at which packets enter the programs: a host-side end, an
     /// underlay interface, or the second end of the offload veth. Returns `None` for any other
     /// interface.
-    pub fn interface_name(&self, ifindex: u32) -> Option<&str> {
+    pub fn interface_name(&self, ifindex: InterfaceIndex) -> Option<&str> {
         let endpoint =
             self.endpoints.iter().find(|(_, index)| **index == ifindex).map(|(name, _)| &**name);
         let underlay = || Some(&*self.underlay.interfaces.get(&ifindex)?.name);

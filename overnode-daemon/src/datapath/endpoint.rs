@@ -21,7 +21,7 @@ use super::programs::{FROM_CONTAINER, TO_CONTAINER, detach_filter};
 use super::{Datapath, is_mac_of, isolate_interface, mac_of, offload};
 use crate::failpoint;
 use overnode_core::attachment::{host_interface, waiting_interface};
-use overnode_types::MacAddr;
+use overnode_types::{InterfaceIndex, MacAddr};
 
 pub use overnode_api::CONTAINER_INTERFACE;
 
@@ -83,7 +83,7 @@ impl Attachment {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// Interface index of the host-side end.
-    pub ifindex: u32,
+    pub ifindex: InterfaceIndex,
     /// MAC address of the container-side end.
     pub mac: MacAddr,
     /// MAC address of the host-side end, which ARP replies carry.
@@ -313,7 +313,7 @@ impl Datapath {
     }
 
     /// Removes the map entries and pins of a host-side end that is gone.
-    pub(super) fn forget_endpoint(&mut self, ifindex: u32) -> Result<()> {
+    pub(super) fn forget_endpoint(&mut self, ifindex: InterfaceIndex) -> Result<()> {
         self.routes.remove_local(ifindex);
         let routes = self.sync_routes();
         let endpoint = self.maps.remove_endpoint(ifindex);

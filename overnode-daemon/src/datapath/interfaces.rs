@@ -16,7 +16,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute};
 use netlink_packet_route::tc::TcHandle;
-use overnode_types::MacAddr;
+use overnode_types::{InterfaceIndex, MacAddr};
 use rtnetlink::sys::AsyncSocket as _;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder, RuleAddRequest};
 use tokio::task::JoinHandle;
@@ -36,7 +36,7 @@ pub(super) struct Netlink {
 /// Attributes of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Link {
-    pub(super) index: u32,
+    pub(super) index: InterfaceIndex,
     pub(super) name: String,
     pub(super) alias: Option<String>,
     pub(super) mac: Option<MacAddr>,
@@ -60,7 +60,7 @@ pub(super) struct End<'a> {
 /// Result of a route lookup for one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Route {
-    pub(super) ifindex: u32,
+    pub(super) ifindex: InterfaceIndex,
     pub(super) source: Option<IpAddr>,
     /// MTU in bytes: the route's own limit, or the path MTU learned from ICMP.
     pub(super) mtu: Option<u32>,
@@ -90,8 +90,8 @@ impl Netlink {
         Ok(links)
     }
 
-    pub(super) async fn link(&self, index: u32) -> Result<Option<Link>> {
-        let mut found = Box::pin(self.handle.link().get().match_index(index).execute());
+    pub(super) async fn link(&self, index: InterfaceIndex) -> Result<Option<Link>> {
+        let mut found = Box::pin(self.handle.link().get().match_index(index.get()).execute());
         one_link(found.try_next().await)
             .with_context(|| format!("interface {index} cannot be looked up"))
     }
@@ -122,8 +122,9 @@ impl Netlink {
 
     /// Sets the alias that marks an interface as ours, and keeps the kernel from giving it an IPv6
     /// address when it goes up.
-    pub(super) async fn mark(&self, index: u32, alias: &str) -> Result<()> {
-        let alias = LinkMessageBuilder::<LinkUnspec>::default().index(index).alias(alias).build();
+    pub(super) async fn mark(&self, index: InterfaceIndex, alias: &str) -> Result<()> {
+        let alias =
+            LinkMessageBuilder::<LinkUnspec>::default().index(index.get()).alias(alias).build();
         self.handle
             .link()
             .set(alias)
@@ -131,7 +132,7 @@ impl Netlink {
             .await
             .context("the alias of an interface cannot be set")?;
         let quiet = LinkMessageBuilder::<LinkUnspec>::default()
-            .index(index)
+            .index(index.get())
             .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
                 AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
             ])]))
@@ -150,13 +151,14 @@ impl Netlink {
         }
     }
 
-    pub(super) async fn set_up(&self, index: u32) -> Result<()> {
-        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).up().build();
+    pub(super) async fn set_up(&self, index: InterfaceIndex) -> Result<()> {
+        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index.get()).up().build();
         self.handle.link().set(message).execute().await.context("an interface cannot be set up")
     }
 
-    pub(super) async fn set_mtu(&self, index: u32, mtu: u32) -> Result<()> {
-        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).mtu(mtu).build();
+    pub(super) async fn set_mtu(&self, index: InterfaceIndex, mtu: u32) -> Result<()> {
+        let message =
+            LinkMessageBuilder::<LinkUnspec>::default().index(index.get()).mtu(mtu).build();
         self.handle
             .link()
             .set(message)
@@ -166,8 +168,8 @@ impl Netlink {
     }
 
     /// Deletes an interface. Deleting one that is already gone succeeds.
-    pub(super) async fn delete(&self, index: u32) -> Result<()> {
-        match self.handle.link().del(index).execute().await {
+    pub(super) async fn delete(&self, index: InterfaceIndex) -> Result<()> {
+        match self.handle.link().del(index.get()).execute().await {
             Err(error) if errno(&error) != Some(libc::ENODEV) => {
                 Err(error).with_context(|| format!("interface {index} cannot be deleted"))
             }
@@ -175,8 +177,13 @@ impl Netlink {
         }
     }
 
-    pub(super) async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
-        let mut request = self.handle.address().add(index, address, prefix);
+    pub(super) async fn add_address(
+        &self,
+        index: InterfaceIndex,
+        address: IpAddr,
+        prefix: u8,
+    ) -> Result<()> {
+        let mut request = self.handle.address().add(index.get(), address, prefix);
         if address.is_ipv6() {
             // The address is unique, so duplicate address detection would only delay its use.
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
@@ -188,7 +195,7 @@ impl Netlink {
     }
 
     /// Returns the addresses of all interfaces with the interface index, sorted.
-    pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, u32)>> {
+    pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, InterfaceIndex)>> {
         let messages: Vec<_> = self
             .handle
             .address()
@@ -197,7 +204,7 @@ impl Netlink {
             .try_collect()
             .await
             .context("addresses cannot be listed")?;
-        let mut addresses: Vec<(IpAddr, u32)> = messages
+        let mut addresses: Vec<(IpAddr, InterfaceIndex)> = messages
             .iter()
             .filter_map(|message| {
                 let mut address = None;
@@ -210,7 +217,7 @@ impl Netlink {
                         _ => {}
                     }
                 }
-                Some((address?, message.header.index))
+                Some((address?, InterfaceIndex::new(message.header.index)))
             })
             .collect();
         addresses.sort();
@@ -223,7 +230,7 @@ impl Netlink {
     pub(super) async fn route(
         &self,
         destination: IpAddr,
-        interface: Option<u32>,
+        interface: Option<InterfaceIndex>,
     ) -> Result<Option<Route>> {
         let mut message = match destination {
             IpAddr::V4(v4) => {
@@ -239,7 +246,7 @@ impl Netlink {
         message.header.scope = 0.into();
         message.header.kind = 0.into();
         if let Some(index) = interface {
-            message.attributes.push(RouteAttribute::Oif(index));
+            message.attributes.push(RouteAttribute::Oif(index.get()));
         }
         let mut found = Box::pin(self.handle.route().get(message).execute());
         match found.try_next().await {
@@ -260,7 +267,7 @@ impl Netlink {
     }
 
     /// Returns the interface index of the default route. IPv4 is tried first.
-    pub(super) async fn default_interface(&self) -> Option<u32> {
+    pub(super) async fn default_interface(&self) -> Option<InterfaceIndex> {
         for message in [
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
             RouteMessageBuilder::<Ipv6Addr>::new().build(),
@@ -349,8 +356,8 @@ impl Netlink {
     }
 
     /// Returns true if filters are attached to the ingress or egress of an interface.
-    pub(super) async fn has_filters(&self, index: u32) -> Result<bool> {
-        let index = i32::try_from(index)?;
+    pub(super) async fn has_filters(&self, index: InterfaceIndex) -> Result<bool> {
+        let index = i32::try_from(index.get())?;
         let ingress: Vec<_> =
             self.handle.traffic_filter(index).get().ingress().execute().try_collect().await?;
         let egress: Vec<_> =
@@ -359,8 +366,8 @@ impl Netlink {
     }
 
     /// Removes the clsact qdisc of an interface. Removing one that is already gone succeeds.
-    pub(super) async fn remove_clsact(&self, index: u32) -> Result<()> {
-        let mut request = self.handle.qdisc().del(i32::try_from(index)?);
+    pub(super) async fn remove_clsact(&self, index: InterfaceIndex) -> Result<()> {
+        let mut request = self.handle.qdisc().del(i32::try_from(index.get())?);
         request.message_mut().header.parent = TcHandle::CLSACT;
         match request.execute().await {
             Err(error)
@@ -397,7 +404,7 @@ impl From<&LinkMessage> for Link {
     fn from(message: &LinkMessage) -> Self {
         let flags = message.header.flags;
         let mut link = Self {
-            index: message.header.index,
+            index: InterfaceIndex::new(message.header.index),
             name: String::new(),
             alias: None,
             mac: None,
@@ -438,25 +445,23 @@ fn one_link(found: Result<Option<LinkMessage>, rtnetlink::Error>) -> Result<Opti
 }
 
 fn route_of(message: &RouteMessage) -> Option<Route> {
-    let mut route = Route { ifindex: 0, source: None, mtu: None };
+    let (mut ifindex, mut source, mut mtu) = (None, None, None);
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Oif(index) => route.ifindex = *index,
-            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some((*v4).into()),
-            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => {
-                route.source = Some((*v6).into())
-            }
+            RouteAttribute::Oif(index) => ifindex = InterfaceIndex::from_kernel(*index),
+            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => source = Some((*v4).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => source = Some((*v6).into()),
             RouteAttribute::Metrics(metrics) => {
                 for metric in metrics {
-                    if let RouteMetric::Mtu(mtu) = metric {
-                        route.mtu = Some(*mtu);
+                    if let RouteMetric::Mtu(value) = metric {
+                        mtu = Some(*value);
                     }
                 }
             }
             _ => {}
         }
     }
-    (route.ifindex != 0).then_some(route)
+    Some(Route { ifindex: ifindex?, source, mtu })
 }
 
 /// Returns the destination prefix of a route.

@@ -29,6 +29,7 @@ use overnode_ebpf::reason::Reason;
 use super::address::{from_map, to_map};
 use super::bpffs::Pins;
 use super::bulk::BulkMaps;
+use overnode_types::InterfaceIndex;
 
 /// `BPF_F_MMAPABLE` (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
@@ -147,20 +148,28 @@ impl Maps {
         Ok(())
     }
 
-    pub(super) fn endpoints(&self) -> Result<BTreeMap<u32, Endpoint>> {
-        self.endpoints.iter().collect::<Result<_, MapError>>().context("ENDPOINTS cannot be read")
+    pub(super) fn endpoints(&self) -> Result<BTreeMap<InterfaceIndex, Endpoint>> {
+        self.endpoints
+            .iter()
+            .map(|entry| entry.map(|(ifindex, endpoint)| (InterfaceIndex::new(ifindex), endpoint)))
+            .collect::<Result<_, MapError>>()
+            .context("ENDPOINTS cannot be read")
     }
 
-    pub(super) fn set_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<()> {
-        self.endpoints.insert(ifindex, endpoint, 0).with_context(|| {
+    pub(super) fn set_endpoint(
+        &mut self,
+        ifindex: InterfaceIndex,
+        endpoint: Endpoint,
+    ) -> Result<()> {
+        self.endpoints.insert(ifindex.get(), endpoint, 0).with_context(|| {
             format!(
                 "the container cannot be added to ENDPOINTS (a host holds up to {ENDPOINT_SLOTS})"
             )
         })
     }
 
-    pub(super) fn remove_endpoint(&mut self, ifindex: u32) -> Result<()> {
-        ignore_missing(self.endpoints.remove(&ifindex)).context("ENDPOINTS cannot be changed")
+    pub(super) fn remove_endpoint(&mut self, ifindex: InterfaceIndex) -> Result<()> {
+        ignore_missing(self.endpoints.remove(&ifindex.get())).context("ENDPOINTS cannot be changed")
     }
 
     pub(super) fn routes(&self) -> Result<BTreeMap<IpNet, Route>> {
@@ -395,7 +404,13 @@ fields!(Peer {
 impl Cell<'_, Peer> {
     /// Sets both underlay addresses. A message that is sealed meanwhile may be sent to a mix of the
     /// old and new endpoint. It is lost, but leaks nothing.
-    pub(super) fn set_path(self, remote: IpAddr, port: u16, local: Option<IpAddr>, ifindex: u32) {
+    pub(super) fn set_path(
+        self,
+        remote: IpAddr,
+        port: u16,
+        local: Option<IpAddr>,
+        ifindex: Option<InterfaceIndex>,
+    ) {
         // SAFETY: the field belongs to a live value, and bytes need no alignment.
         unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).remote, to_map(remote)) };
         self.remote_port_be().store(port.to_be(), Ordering::Relaxed);
@@ -404,11 +419,11 @@ impl Cell<'_, Peer> {
 
     /// Sets the local address and interface only. The remote endpoint follows the messages that the
     /// program receives.
-    pub(super) fn set_source(self, local: Option<IpAddr>, ifindex: u32) {
+    pub(super) fn set_source(self, local: Option<IpAddr>, ifindex: Option<InterfaceIndex>) {
         let local = local.map_or(Address::default(), to_map);
         // SAFETY: the field belongs to a live value, and bytes need no alignment.
         unsafe { store_bytes(&raw mut (*self.pointer.as_ptr()).local, local) };
-        self.ifindex().store(ifindex, Ordering::Release);
+        self.ifindex().store(ifindex.map_or(0, InterfaceIndex::get), Ordering::Release);
     }
 }
 

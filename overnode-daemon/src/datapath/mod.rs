@@ -66,7 +66,7 @@ use self::routes::{Change, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
 use overnode_core::handshake::mac1_state;
-use overnode_types::{MacAddr, Network, NodeId, PeerIndex, PublicKey};
+use overnode_types::{InterfaceIndex, MacAddr, Network, NodeId, PeerIndex, PublicKey};
 
 /// Options for opening the data plane.
 #[derive(Clone, Debug)]
@@ -113,9 +113,9 @@ pub struct Datapath {
     installed: BTreeMap<IpNet, Route>,
     underlay: Underlay,
     /// Interface index of each host-side veth end, by name.
-    endpoints: BTreeMap<String, u32>,
+    endpoints: BTreeMap<String, InterfaceIndex>,
     /// Interface indexes of the bulk workers' devices.
-    bulk_devices: BTreeSet<u32>,
+    bulk_devices: BTreeSet<InterfaceIndex>,
     /// Largest inner packet that fits the underlay interface on the direct path, in bytes, by peer.
     largest: BTreeMap<PeerIndex, u32>,
 }
@@ -300,7 +300,7 @@ impl Datapath {
         self.maps.set_config(Config {
             subnet: to_map(subnet.network()),
             subnet_bits: u32::from(subnet.prefix_len()) + v4_bits,
-            offload_veth: self.offload_veth.first.index,
+            offload_veth: self.offload_veth.first.index.get(),
             node: to_map(self.node_address),
             node_id: self.node_id.get().into(),
             mac1: mac1_state(&self.public_key),
@@ -334,7 +334,7 @@ impl Datapath {
 
 /// Checks the layout of the pinned maps. Maps with another layout are unusable: they are removed if
 /// no container uses them, otherwise this fails.
-fn check_maps(pins: &Pins, interfaces: &[u32]) -> Result<()> {
+fn check_maps(pins: &Pins, interfaces: &[InterfaceIndex]) -> Result<()> {
     let mismatches = pinned_mismatches(pins);
     if mismatches.is_empty() {
         return Ok(());

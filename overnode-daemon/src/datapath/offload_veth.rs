@@ -97,7 +97,7 @@ impl OffloadVeth {
         let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         to.sll_family = libc::AF_PACKET as u16;
         to.sll_protocol = ETHERTYPE_IPV4.to_be();
-        to.sll_ifindex = self.first.index.try_into()?;
+        to.sll_ifindex = self.first.index.get().try_into()?;
         // SAFETY: both pointers are to locals of the given sizes.
         let sent = unsafe {
             libc::sendto(

@@ -216,7 +216,7 @@ impl Programs {
             }
             pins.remove(&pin)?;
         }
-        let id = program.attach_to_if_index(link.index, XdpMode::Driver)?;
+        let id = program.attach_to_if_index(link.index.get(), XdpMode::Driver)?;
         let attached = FdLink::try_from(program.take_link(id)?).map_err(link_error)?;
         attached.pin(&path).map(drop).map_err(|error| io::Error::other(error).into())
     }

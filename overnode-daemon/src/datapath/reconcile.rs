@@ -15,6 +15,7 @@ use super::interfaces::Link;
 use super::netns::NetnsRef;
 use super::offload_veth::{FIRST, OffloadVeth, SECOND};
 use super::programs::{FROM_BULK, FROM_CONTAINER, FROM_UNDERLAY, SEAL, TO_CONTAINER};
+use overnode_types::InterfaceIndex;
 
 /// A container that the node considers attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,19 +90,20 @@ impl Datapath {
             }
         }
 
-        let mut in_use: BTreeSet<u32> = links
+        let mut in_use: BTreeSet<InterfaceIndex> = links
             .iter()
             .filter(|link| whole.contains(link.name.as_str()))
             .map(|link| link.index)
             .collect();
-        let of_routes: Vec<u32> = self.routes.local().values().map(|route| route.target).collect();
+        let of_routes: Vec<InterfaceIndex> =
+            self.routes.local().values().map(|route| InterfaceIndex::new(route.target)).collect();
         for ifindex in
             in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex))
         {
             if let Err(error) = self.forget_endpoint(ifindex) {
                 warn!(
                     %error,
-                    ifindex,
+                    %ifindex,
                     "the map entries of an interface that is gone cannot be removed"
                 );
             }
@@ -129,7 +131,7 @@ impl Datapath {
         }
         self.clean_sessions();
         self.refresh_host().await?;
-        let underlay: Vec<u32> = self.underlay.interfaces.keys().copied().collect();
+        let underlay: Vec<InterfaceIndex> = self.underlay.interfaces.keys().copied().collect();
         for link in links.iter().filter(|link| underlay.contains(&link.index)) {
             self.keep_program(FROM_UNDERLAY, link);
         }

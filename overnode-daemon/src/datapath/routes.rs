@@ -8,7 +8,7 @@ use overnode_ebpf::map::{
     ENDPOINT_SLOTS, ROUTE_HOST, ROUTE_LOCAL, ROUTE_NONE, ROUTE_PEER, ROUTE_SLOTS, Route,
 };
 
-use overnode_types::PeerIndex;
+use overnode_types::{InterfaceIndex, PeerIndex};
 
 /// Maximum number of routes that peers may occupy in the map. The rest is reserved for this host's
 /// containers and prefixes.
@@ -64,13 +64,13 @@ impl RouteTable {
 
     /// Adds an address that is attached here. `is_host` means that it is the host's own address,
     /// not a container's.
-    pub(super) fn set_local(&mut self, address: IpNet, ifindex: u32, is_host: bool) {
+    pub(super) fn set_local(&mut self, address: IpNet, ifindex: InterfaceIndex, is_host: bool) {
         let kind = if is_host { ROUTE_HOST } else { ROUTE_LOCAL };
-        self.local.insert(address, Route { kind, target: ifindex });
+        self.local.insert(address, Route { kind, target: ifindex.get() });
     }
 
-    pub(super) fn remove_local(&mut self, ifindex: u32) {
-        self.local.retain(|_, route| route.target != ifindex);
+    pub(super) fn remove_local(&mut self, ifindex: InterfaceIndex) {
+        self.local.retain(|_, route| route.target != ifindex.get());
     }
 
     /// Returns the addresses attached here and their routes.
@@ -146,11 +146,11 @@ mod tests {
     fn a_local_attachment_wins_until_it_is_detached() {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(2), &[net("10.40.0.1/32"), net("10.42.7.7/15")]);
-        table.set_local(net("10.40.0.1/32"), 9, false);
+        table.set_local(net("10.40.0.1/32"), InterfaceIndex::new(9), false);
         let before = table.wanted();
         assert_eq!(before[&net("10.40.0.1/32")], Route { kind: ROUTE_LOCAL, target: 9 });
         assert_eq!(before[&net("10.42.0.0/15")], Route { kind: ROUTE_PEER, target: 2 });
-        table.remove_local(9);
+        table.remove_local(InterfaceIndex::new(9));
         assert_eq!(
             difference(&before, &table.wanted()),
             [Change::Put(net("10.40.0.1/32"), Route { kind: ROUTE_PEER, target: 2 })]
@@ -171,7 +171,7 @@ mod tests {
     fn a_peer_with_very_many_prefixes_leaves_room_for_the_others() {
         let mut table = RouteTable::default();
         table.set_own(&[net("10.40.0.0/15")]);
-        table.set_local(net("10.40.0.1/32"), 9, false);
+        table.set_local(net("10.40.0.1/32"), InterfaceIndex::new(9), false);
         for peer in 1..=100_u8 {
             let claims = (0..=255).flat_map(|c| (0..4).map(move |d| [c, d]));
             let claims = claims.map(|[c, d]| format!("10.{peer}.{c}.{d}/32").parse().unwrap());
@@ -197,8 +197,8 @@ mod tests {
         let mut table = RouteTable::default();
         table.set_peer(PeerIndex(4), &[net("10.46.0.0/15"), net("fd00::/64")]);
         table.set_own(&[net("10.40.0.0/15")]);
-        table.set_local(net("10.40.0.1/32"), 12, false);
-        table.set_local(net("10.40.0.2/32"), 13, true);
+        table.set_local(net("10.40.0.1/32"), InterfaceIndex::new(12), false);
+        table.set_local(net("10.40.0.2/32"), InterfaceIndex::new(13), true);
         let wanted = table.wanted();
         assert_eq!(difference(&wanted, &RouteTable::adopt(&wanted).wanted()), []);
     }

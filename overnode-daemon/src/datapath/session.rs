@@ -21,7 +21,7 @@ use super::address::from_map;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
 use overnode_core::handshake::{REJECT_AFTER_TIME, SessionKeys};
-use overnode_types::{PeerIndex, PublicKey, Secret};
+use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, Secret};
 
 /// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second
 /// after which the handshakes reuse a slot.
@@ -37,8 +37,8 @@ pub struct PeerState {
     /// Destination of messages to the peer: the configured endpoint, or the source of the last
     /// authenticated message.
     pub endpoint: Option<SocketAddr>,
-    /// Interface that these messages leave by; 0 if there is no route.
-    pub ifindex: u32,
+    /// Interface that these messages leave by. `None` if there is no route.
+    pub ifindex: Option<InterfaceIndex>,
     /// Largest inner packet, in bytes.
     pub mtu: u32,
     /// Relay for messages to the peer. `None` if they take the direct path.
@@ -332,7 +332,7 @@ fn peer_state(index: u32, peer: &Peer, clock: Clock) -> PeerState {
         index: PeerIndex(index),
         public_key: PublicKey(peer.public_key),
         endpoint: (port != 0 && !remote.is_unspecified()).then(|| SocketAddr::new(remote, port)),
-        ifindex: peer.ifindex,
+        ifindex: InterfaceIndex::from_kernel(peer.ifindex),
         mtu: peer.mtu,
         via: (peer.via != 0).then_some(PeerIndex(peer.via)),
         sessions: Vec::new(),

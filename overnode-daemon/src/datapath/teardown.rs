@@ -10,6 +10,7 @@ use super::endpoint::{detach_all, is_ours};
 use super::interfaces::Netlink;
 use super::{Datapath, alias_of};
 use crate::failpoint;
+use overnode_types::InterfaceIndex;
 
 impl Datapath {
     /// Removes the interfaces, filters, programs, maps and pin directories of the node with this
@@ -70,7 +71,7 @@ async fn remove_from_interfaces(
 }
 
 /// Removes the clsact qdisc that this node added, unless other filters use it.
-async fn remove_qdisc(netlink: &Netlink, ifindex: u32) -> Result<()> {
+async fn remove_qdisc(netlink: &Netlink, ifindex: InterfaceIndex) -> Result<()> {
     if netlink.has_filters(ifindex).await? {
         return Ok(());
     }

@@ -15,7 +15,7 @@ use super::address::from_map;
 use super::bpffs::Pin;
 use super::interfaces::Link;
 use super::programs::{FROM_UNDERLAY, FROM_UNDERLAY_XDP, Hook};
-use overnode_types::PeerIndex;
+use overnode_types::{InterfaceIndex, PeerIndex};
 
 /// Smallest assumed underlay MTU, in bytes: what every IPv4 host must accept (RFC 1122, section
 /// 3.3.2).
@@ -45,7 +45,7 @@ pub struct UnderlayStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct UnderlayInterface {
     /// Interface index.
-    pub ifindex: u32,
+    pub ifindex: InterfaceIndex,
     /// Interface name.
     pub name: String,
     /// MTU, in bytes.
@@ -57,15 +57,15 @@ pub struct UnderlayInterface {
 /// Current state of the underlay.
 #[derive(Debug, Default)]
 pub(super) struct Underlay {
-    pub(super) interfaces: BTreeMap<u32, UnderlayInterface>,
+    pub(super) interfaces: BTreeMap<InterfaceIndex, UnderlayInterface>,
     pub(super) addresses: BTreeSet<IpAddr>,
     /// Interfaces that lead to peers but cannot be used, with the reason.
-    problems: BTreeMap<u32, String>,
+    problems: BTreeMap<InterfaceIndex, String>,
     /// Interfaces that were tried since the last lookup of the routes to all peers.
-    tried: BTreeSet<u32>,
+    tried: BTreeSet<InterfaceIndex>,
     /// Index of the interface that `--interface` names, otherwise that of the default route's
     /// interface.
-    pub(super) main: Option<u32>,
+    pub(super) main: Option<InterfaceIndex>,
     /// MTU of [`Self::main`], in bytes.
     pub(super) main_mtu: Option<u32>,
 }
@@ -98,7 +98,7 @@ impl Datapath {
     /// # Errors
     /// Fails if `--interface` names another interface, if this one is not Ethernet or is gone, or
     /// if the kernel refuses.
-    pub async fn ensure_underlay(&mut self, ifindex: u32) -> Result<()> {
+    pub async fn ensure_underlay(&mut self, ifindex: InterfaceIndex) -> Result<()> {
         if self.underlay.interfaces.contains_key(&ifindex) {
             return Ok(());
         }
@@ -147,14 +147,14 @@ impl Datapath {
 
     /// Returns false for interfaces that `--interface` excludes. Makes no system call, because it
     /// runs for every received datagram, even during a flood.
-    pub fn may_receive_on(&self, ifindex: u32) -> bool {
+    pub fn may_receive_on(&self, ifindex: InterfaceIndex) -> bool {
         self.interface.is_none() || self.underlay.main == Some(ifindex)
     }
 
     /// Receives messages on an interface, like [`Self::ensure_underlay`]. An interface that cannot
     /// be used is reported in [`Self::underlay`] and does not prevent other peers from being
     /// configured.
-    pub async fn try_underlay(&mut self, ifindex: u32) {
+    pub async fn try_underlay(&mut self, ifindex: InterfaceIndex) {
         self.underlay.tried.insert(ifindex);
         let Err(error) = self.ensure_underlay(ifindex).await else {
             self.underlay.problems.remove(&ifindex);
@@ -206,7 +206,7 @@ impl Datapath {
         self.maps.set_local_addresses(&addresses.iter().copied().collect::<Vec<_>>())?;
         self.underlay.addresses = addresses;
         let links = self.netlink.links().await?;
-        let is_there = |ifindex: &u32| links.iter().any(|link| link.index == *ifindex);
+        let is_there = |ifindex: &InterfaceIndex| links.iter().any(|link| link.index == *ifindex);
         self.underlay.interfaces.retain(|ifindex, _| is_there(ifindex));
         self.underlay.problems.retain(|ifindex, _| is_there(ifindex));
         for link in &links {
@@ -258,9 +258,9 @@ impl Datapath {
             debug!(%peer, "there is no route to the peer's endpoint");
             let cell = self.peer_cell(peer)?;
             if moved {
-                cell.set_path(endpoint.ip(), endpoint.port(), None, 0);
+                cell.set_path(endpoint.ip(), endpoint.port(), None, None);
             } else {
-                cell.set_source(None, 0);
+                cell.set_source(None, None);
             }
             return Ok(());
         };
@@ -274,11 +274,11 @@ impl Datapath {
         let mtu = largest_inner(path_mtu, endpoint.is_ipv6()).min(self.container_mtu());
         let cell = self.peer_cell(peer)?;
         if moved {
-            cell.set_path(endpoint.ip(), endpoint.port(), route.source, route.ifindex);
-        } else if present.ifindex != route.ifindex
+            cell.set_path(endpoint.ip(), endpoint.port(), route.source, Some(route.ifindex));
+        } else if present.ifindex != route.ifindex.get()
             || !self.underlay.addresses.contains(&from_map(present.local))
         {
-            cell.set_source(route.source, route.ifindex);
+            cell.set_source(route.source, Some(route.ifindex));
             if cell.tx_slot().load(Ordering::Relaxed) != 0 {
                 // The peer sends to the last source address it heard from, so it must hear the new
                 // one before it sends again.

@@ -15,7 +15,7 @@ use overnode_ebpf::wire::{
 };
 
 use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
-use overnode_types::MacAddr;
+use overnode_types::{InterfaceIndex, MacAddr};
 
 /// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;
@@ -33,8 +33,8 @@ pub struct Seen {
     pub reason: Reason,
     /// The program that dropped it.
     pub program: Program,
-    /// The interface index of its ingress interface.
-    pub ifindex: u32,
+    /// Its ingress interface.
+    pub ifindex: Option<InterfaceIndex>,
     /// The frame's length in bytes, Ethernet header included.
     pub len: u32,
     /// Its headers.
@@ -76,7 +76,14 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
     if vlan & VLAN_PRESENT != 0 {
         headers.vlan = Some(vlan as u16 & VLAN_ID);
     }
-    Some(Seen { time_ns: u64::from_ne_bytes(*time_ns), reason, program, ifindex, len, headers })
+    Some(Seen {
+        time_ns: u64::from_ne_bytes(*time_ns),
+        reason,
+        program,
+        ifindex: InterfaceIndex::from_kernel(ifindex),
+        len,
+        headers,
+    })
 }
 
 fn of_container(frame: &[u8]) -> Headers {

@@ -23,6 +23,8 @@ use nix::sys::socket::{
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use overnode_types::InterfaceIndex;
+
 /// Size of a receive buffer, in bytes. Longer datagrams are truncated: no handshake message exceeds
 /// 156 bytes, including a relay header.
 const RECEIVE_LEN: usize = 256;
@@ -49,7 +51,7 @@ pub struct Received<B = Vec<u8>> {
     /// Local address that it was sent to.
     pub to: IpAddr,
     /// Index of the interface that it arrived on.
-    pub ifindex: u32,
+    pub ifindex: InterfaceIndex,
     /// The payload.
     pub bytes: B,
 }
@@ -244,10 +246,12 @@ fn receive_batch(
         let to = message.cmsgs()?.find_map(|part| match part {
             ControlMessageOwned::Ipv4PacketInfo(info) => {
                 let address = Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes());
-                Some((IpAddr::V4(address), u32::try_from(info.ipi_ifindex).ok()?))
+                let ifindex = u32::try_from(info.ipi_ifindex).ok()?;
+                Some((IpAddr::V4(address), InterfaceIndex::from_kernel(ifindex)?))
             }
             ControlMessageOwned::Ipv6PacketInfo(info) => {
-                Some((IpAddr::V6(Ipv6Addr::from(info.ipi6_addr.s6_addr)), info.ipi6_ifindex))
+                let address = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                Some((IpAddr::V6(address), InterfaceIndex::from_kernel(info.ipi6_ifindex)?))
             }
             _ => None,
         });
@@ -343,7 +347,7 @@ mod tests {
             assert_eq!(received.from, (address, a.port()).into());
             assert_eq!(
                 (received.to, received.ifindex, &received.bytes[..]),
-                (address, 1, &b"there"[..])
+                (address, InterfaceIndex::new(1), &b"there"[..])
             );
         }
     }

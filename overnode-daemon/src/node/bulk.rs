@@ -24,7 +24,7 @@ use overnode_core::control::key;
 use overnode_core::handshake::{
     Activity, Event, Handshakes, InheritedSession, PeerConfig, REJECT_AFTER_TIME, SessionKeys,
 };
-use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
+use overnode_types::{InterfaceIndex, NodeId, PeerIndex, PublicKey, Secret};
 
 /// Time limit for a worker process to accept connections, and to report its state.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -45,7 +45,7 @@ pub(super) struct BulkPath {
     run_dir: PathBuf,
     handshakes: Handshakes,
     link: Option<WorkersConnection>,
-    devices: Vec<u32>,
+    devices: Vec<InterfaceIndex>,
     speeds: [u32; Cipher::ALL.len()],
     started: Instant,
     last_heard: Instant,
@@ -273,7 +273,7 @@ impl BulkPath {
         for _ in 0..self.workers {
             devices.push(data.datapath.bulk_device().await?);
         }
-        let indexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
+        let indexes: Vec<_> = devices.iter().map(|device| device.ifindex).collect();
         let maps = data.datapath.bulk_map_fds();
         let mut child =
             ipc::start(&self.run_dir, self.mode, &self.local.public_key, maps, devices, ports)?;

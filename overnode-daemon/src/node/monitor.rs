@@ -160,7 +160,7 @@ impl View<'_> {
     /// Finds the container and the peer that a packet belongs to.
     fn dropped(&self, seen: Seen, attached: &Attached) -> DroppedPacket {
         let Seen { reason, program, ifindex, len, headers, .. } = seen;
-        let interface = self.data.datapath.interface_name(ifindex);
+        let interface = ifindex.and_then(|ifindex| self.data.datapath.interface_name(ifindex));
         let at = |address: Option<IpAddr>| attached.0.get(&address?);
         let inner = headers.inner.as_ref();
         let (container, peer) = match program {

@@ -1,5 +1,6 @@
 //! Basic types that all parts of overnode share. No I/O.
 
+mod index;
 mod mac;
 pub mod name;
 pub mod text;
@@ -13,6 +14,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+pub use index::InterfaceIndex;
 pub use mac::{BadMacAddr, MacAddr};
 
 /// A node's ID, 1 to 4095. It is also the node's peer index in the data plane.

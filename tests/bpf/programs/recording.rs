@@ -6,6 +6,7 @@ use overnode_daemon::api::{Headers, Program};
 use overnode_daemon::monitor::decode::{Seen, record};
 use overnode_ebpf::map::DROPPED_LEN;
 use overnode_ebpf::reason::Reason;
+use overnode_types::InterfaceIndex;
 
 use crate::packet::{Path, from_container, inbound, ipv4, ipv4_with, message, to_container};
 use crate::world::{
@@ -43,8 +44,8 @@ fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> He
     assert_eq!(entries.len(), 1, "one record");
     let Seen { time_ns, headers, .. } =
         record(&entries[0]).expect("a record that the daemon can parse");
-    let expected =
-        Seen { time_ns, reason, program, ifindex: IFINDEX, len: frame.len() as u32, headers };
+    let (ifindex, len) = (InterfaceIndex::from_kernel(IFINDEX), frame.len() as u32);
+    let expected = Seen { time_ns, reason, program, ifindex, len, headers };
     assert_eq!(record(&entries[0]), Some(expected.clone()));
     let now = boot_ns();
     assert!(time_ns <= now && now - time_ns < 60_000_000_000, "{time_ns} is not now, {now}");

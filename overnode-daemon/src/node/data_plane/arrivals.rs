@@ -120,7 +120,7 @@ mod tests {
 
     use super::*;
     use overnode_core::handshake::{Handshakes, Initiate, PeerConfig};
-    use overnode_types::{PeerIndex, Secret};
+    use overnode_types::{InterfaceIndex, PeerIndex, Secret};
 
     const OWN: u16 = 2;
 
@@ -164,7 +164,7 @@ mod tests {
     impl World {
         fn handle(&mut self, from: SocketAddr, bytes: &[u8]) -> Option<Vec<u8>> {
             let to = [192, 0, 2, 77].into();
-            self.intake.handle(self.now, &Received { from, to, ifindex: 1, bytes })
+            self.intake.handle(self.now, &Received { from, to, ifindex: InterfaceIndex::new(1), bytes })
         }
 
         fn counters(&self) -> Counters {

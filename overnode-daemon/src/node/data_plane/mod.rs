@@ -369,7 +369,7 @@ impl DataPlane {
     pub(super) async fn handle_datagram(&mut self, datagram: &Received, now: Instant) {
         if !self.datapath.may_receive_on(datagram.ifindex) {
             return tracing::trace!(
-                ifindex = datagram.ifindex,
+                ifindex = %datagram.ifindex,
                 "ignored a datagram from an interface that is not used"
             );
         }
