@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use aya::maps::Array;
 use datapath_support::{Host, Namespace, Pair, addr, ip, ip_output, reexec, run};
 use overnode_daemon::datapath::{Attachment, Datapath, Hook, KnownEndpoint, LinkEvent, NetnsRef};
-use overnode_types::{MacAddr, PeerIndex, PublicKey};
+use overnode_types::{MacAddr, PeerIndex, PublicKey, SessionIndex};
 
 #[test]
 fn containers_reach_each_other_over_ipv4() {
@@ -538,7 +538,7 @@ fn a_session_slot_is_quarantined_and_wiped() {
         let keys = pair.keys(true, 1);
         let peer = PeerIndex(2);
         assert!(datapath.install_session(peer, &keys).unwrap_err().to_string().contains("in use"));
-        datapath.withdraw_session(peer, 0xffff_f001).unwrap();
+        datapath.withdraw_session(peer, SessionIndex::new(0xffff_f001)).unwrap();
         assert_eq!(
             datapath.peers().unwrap()[0].sessions.len(),
             1,
@@ -590,7 +590,7 @@ fn a_new_session_takes_over_without_a_loss() {
         for (host, peer) in both {
             host.run(async |datapath| {
                 for old in datapath.peers().unwrap().remove(0).sessions {
-                    if old.local_index & 0xfff < slot {
+                    if old.local_index.get() & 0xfff < slot {
                         datapath.withdraw_session(peer, old.local_index).unwrap();
                     }
                 }
@@ -683,7 +683,7 @@ fn wait_until_sealing(pair: &Pair, host: &Host, slot: u32) {
         let sealing: Vec<u32> = host.run(async |datapath| {
             let sessions = datapath.peers().unwrap().remove(0).sessions;
             let sealing = sessions.iter().filter(|session| session.sealing);
-            sealing.map(|session| session.local_index & 0xfff).collect()
+            sealing.map(|session| session.local_index.get() & 0xfff).collect()
         });
         if sealing == [slot] {
             return;

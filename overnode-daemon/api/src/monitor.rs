@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::status::Path;
-use overnode_types::{MacAddr, NodeId, PublicKey};
+use overnode_types::{MacAddr, NodeId, PublicKey, SessionIndex};
 
 /// An event on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -295,7 +295,7 @@ pub struct Relayed {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// The receiver index.
-    pub receiver: u32,
+    pub receiver: SessionIndex,
     /// The message counter.
     pub counter: u64,
 }

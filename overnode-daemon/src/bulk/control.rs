@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
 use overnode_api::bulk::{Cipher, Mode};
-use overnode_types::InterfaceIndex;
+use overnode_types::{InterfaceIndex, SessionIndex};
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
@@ -45,7 +45,7 @@ pub enum ToWorkers {
     /// Withdraws a session.
     Withdraw {
         /// Local receiver index.
-        local_index: u32,
+        local_index: SessionIndex,
     },
     /// Sends a hello under the sealing session.
     Keepalive {
@@ -71,9 +71,9 @@ pub struct Keys {
     /// Peer index.
     pub peer: u32,
     /// Receiver index of messages to this node.
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     /// Receiver index of messages to the peer.
-    pub remote_index: u32,
+    pub remote_index: SessionIndex,
     /// Handshake secret for messages that this node sends.
     pub tx: [u8; 32],
     /// Handshake secret for messages that this node receives.
@@ -107,9 +107,9 @@ pub enum FromWorkers {
         /// Peer index.
         peer: u32,
         /// Local receiver index.
-        local_index: u32,
+        local_index: SessionIndex,
         /// Receiver index of the peer.
-        remote_index: u32,
+        remote_index: SessionIndex,
         /// When the handshake completed, in nanoseconds since boot.
         created_ns: u64,
         /// True if this node initiated the handshake.
@@ -135,7 +135,7 @@ pub enum FromWorkers {
         /// Peer index.
         peer: u32,
         /// Local receiver index.
-        local_index: u32,
+        local_index: SessionIndex,
     },
     /// Reports about peers, once a second.
     Peers(Vec<Report>),

@@ -17,6 +17,7 @@
 use overnode_api::bulk::Cipher;
 use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use overnode_ebpf::wire::TYPE_DATA;
+use overnode_types::SessionIndex;
 
 /// Length of the header, in bytes.
 pub const HEADER_LEN: usize = 16;
@@ -35,7 +36,7 @@ pub struct Header {
     /// True if the transport checksum of the inner packet is partial.
     pub is_partial: bool,
     /// Receiver index of the session.
-    pub receiver: u32,
+    pub receiver: SessionIndex,
     /// Counter that the nonce is made of. A worker never uses it twice in one session with one
     /// cipher.
     pub counter: u64,
@@ -69,7 +70,7 @@ impl Header {
             cipher: Cipher::from_number(*cipher)?,
             worker: *worker,
             is_partial: flags & PARTIAL != 0,
-            receiver: u32::from_le_bytes([*a, *b, *c, *d]),
+            receiver: SessionIndex::from_le_bytes([*a, *b, *c, *d]),
             counter: u64::from_le_bytes(*counter),
         })
     }
@@ -122,8 +123,13 @@ mod tests {
     fn headers_round_trip() {
         for cipher in Cipher::ALL {
             for is_partial in [false, true] {
-                let header =
-                    Header { cipher, worker: 15, is_partial, receiver: 0x0102_0304, counter: 5 };
+                let header = Header {
+                    cipher,
+                    worker: 15,
+                    is_partial,
+                    receiver: SessionIndex::new(0x0102_0304),
+                    counter: 5,
+                };
                 let mut message = header.to_bytes().to_vec();
                 assert_eq!(Header::from_message(&message), None, "no tag");
                 message.resize(HEADER_LEN + TAG_LEN, 0);
@@ -134,8 +140,13 @@ mod tests {
 
     #[test]
     fn the_wire_format_is_stable() {
-        let header =
-            Header { cipher: Cipher::Aes, worker: 2, is_partial: true, receiver: 1, counter: 2 };
+        let header = Header {
+            cipher: Cipher::Aes,
+            worker: 2,
+            is_partial: true,
+            receiver: SessionIndex::new(1),
+            counter: 2,
+        };
         assert_eq!(header.to_bytes(), [4, 1, 2, 1, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
         let hello = Hello { wants_answer: true, speeds: [1, 2] };
         assert_eq!(hello.to_bytes(), [1, 1, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0]);
@@ -143,8 +154,13 @@ mod tests {
 
     #[test]
     fn invalid_headers_are_refused() {
-        let good =
-            Header { cipher: Cipher::Aes, worker: 0, is_partial: false, receiver: 1, counter: 2 };
+        let good = Header {
+            cipher: Cipher::Aes,
+            worker: 0,
+            is_partial: false,
+            receiver: SessionIndex::new(1),
+            counter: 2,
+        };
         for (at, value) in [(0, 3), (1, 2), (2, 16), (3, 2)] {
             let mut message = good.to_bytes().to_vec();
             message.resize(64, 0);

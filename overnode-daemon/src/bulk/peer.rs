@@ -235,6 +235,7 @@ fn silence_ns(rtt_ms: u32) -> u64 {
 mod tests {
     use super::super::control::Keys;
     use super::*;
+    use overnode_types::SessionIndex;
 
     const MS: u64 = 1_000_000;
 
@@ -244,8 +245,8 @@ mod tests {
         peer.record_hello_received(Hello { wants_answer: false, speeds: [100, 200] });
         peer.current.store(Some(Arc::new(Session::new(&Keys {
             peer: 2,
-            local_index: 1,
-            remote_index: 1,
+            local_index: SessionIndex::new(1),
+            remote_index: SessionIndex::new(1),
             tx: [1; 32],
             rx: [2; 32],
             created_ns: 0,

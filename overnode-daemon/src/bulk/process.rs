@@ -38,7 +38,7 @@ use super::worker::{Command, Handles, Shared, Worker, send_hello};
 use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate};
-use overnode_types::{InterfaceIndex, PeerIndex, PublicKey};
+use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, SessionIndex};
 
 /// First argument that makes the program run as this process. It takes the place of any option.
 pub const ARGUMENT: &str = "bulk-workers";
@@ -220,9 +220,9 @@ struct Process {
     threads: Vec<Thread>,
     peers: BTreeMap<u32, Arc<Peer>>,
     /// Sessions by local index.
-    sessions: BTreeMap<u32, Arc<Session>>,
+    sessions: BTreeMap<SessionIndex, Arc<Session>>,
     /// Sessions that the daemon knows to be confirmed by the peer.
-    confirmed: BTreeSet<u32>,
+    confirmed: BTreeSet<SessionIndex>,
     served: BTreeSet<u32>,
     orphaned_since: Instant,
     next_report: Instant,

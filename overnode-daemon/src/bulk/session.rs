@@ -20,7 +20,7 @@ use super::control::Keys;
 use super::message::{HEADER_LEN, Header, TAG_LEN};
 use overnode_api::bulk::Cipher;
 use overnode_core::control::key;
-use overnode_types::{PeerIndex, Secret};
+use overnode_types::{PeerIndex, Secret, SessionIndex};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;
 /// Maximum number of messages sealed with one key. This is a backstop, since sessions are renewed
@@ -35,9 +35,9 @@ pub struct Session {
     /// The peer.
     pub peer: PeerIndex,
     /// Receiver index of messages to this node.
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     /// Receiver index of messages to the peer.
-    pub remote_index: u32,
+    pub remote_index: SessionIndex,
     /// When the handshake completed, in nanoseconds since boot.
     pub created_ns: u64,
     /// When the session expires, in nanoseconds since boot. After that it neither seals nor opens.
@@ -241,8 +241,8 @@ mod tests {
         let make = |tx: u8, rx: u8, is_initiator| {
             Session::new(&Keys {
                 peer: 1,
-                local_index: rx.into(),
-                remote_index: tx.into(),
+                local_index: SessionIndex::new(rx.into()),
+                remote_index: SessionIndex::new(tx.into()),
                 tx: [tx; 32],
                 rx: [rx; 32],
                 created_ns: 0,

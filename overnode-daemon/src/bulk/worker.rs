@@ -36,7 +36,7 @@ use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now_ns};
 use overnode_api::bulk::Cipher;
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate, Judgment};
-use overnode_types::PeerIndex;
+use overnode_types::{PeerIndex, SessionIndex};
 
 /// Longest frame that one read of the device returns, in bytes: both headers and the largest IP
 /// packet.
@@ -69,7 +69,7 @@ pub enum Command {
     /// Adds the session of a completed handshake.
     Session(Arc<Session>),
     /// Withdraws the session with this local index.
-    Withdraw(u32),
+    Withdraw(SessionIndex),
     /// Exits.
     Stop,
 }
@@ -144,7 +144,7 @@ pub struct Worker {
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
     peers: HashMap<u32, Arc<Peer>>,
-    sessions: HashMap<u32, Arc<Session>>,
+    sessions: HashMap<SessionIndex, Arc<Session>>,
     /// Peers that sent data since the last hello and are owed one.
     owed_hellos: Vec<Arc<Peer>>,
     frame: Box<[u8]>,

@@ -21,7 +21,7 @@ use super::address::from_map;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
 use overnode_core::handshake::{REJECT_AFTER_TIME, SessionKeys};
-use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, Secret};
+use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, Secret, SessionIndex};
 
 /// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second
 /// after which the handshakes reuse a slot.
@@ -67,9 +67,9 @@ pub struct PeerState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionState {
     /// Receiver index of messages from the peer.
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     /// Receiver index of messages to the peer.
-    pub remote_index: u32,
+    pub remote_index: SessionIndex,
     /// When the handshake completed.
     pub created: Instant,
     /// When the session expires.
@@ -116,8 +116,8 @@ impl Datapath {
                 .at(session.peer)
                 .is_some_and(|cell| cell.tx_slot().load(Ordering::Relaxed) == slot);
             peer.sessions.push(SessionState {
-                local_index: session.local_index,
-                remote_index: session.remote_index,
+                local_index: SessionIndex::new(session.local_index),
+                remote_index: SessionIndex::new(session.remote_index),
                 created: clock.instant(session.created_ns).unwrap_or_else(Instant::now),
                 expires: clock.instant(session.expires_ns).unwrap_or_else(Instant::now),
                 initiator: session.initiator != 0,
@@ -190,8 +190,8 @@ impl Datapath {
         let mut value = Session {
             state: SESSION_FREE,
             peer: peer.0,
-            local_index: keys.local_index,
-            remote_index: keys.remote_index,
+            local_index: keys.local_index.get(),
+            remote_index: keys.remote_index.get(),
             tx_key: words(&keys.tx_key),
             rx_key: words(&keys.rx_key),
             created_ns,
@@ -217,11 +217,11 @@ impl Datapath {
     ///
     /// # Errors
     /// Fails if the index names slot 0 or a slot out of range.
-    pub fn withdraw_session(&mut self, peer: PeerIndex, local_index: u32) -> Result<()> {
+    pub fn withdraw_session(&mut self, peer: PeerIndex, local_index: SessionIndex) -> Result<()> {
         let slot = slot_of(local_index)?;
         let session = self.session_cell(slot)?;
         if session.state().load(Ordering::Acquire) == SESSION_FREE
-            || session.local_index().load(Ordering::Relaxed) != local_index
+            || session.local_index().load(Ordering::Relaxed) != local_index.get()
             || session.peer().load(Ordering::Relaxed) != peer.0
         {
             return Ok(());
@@ -310,9 +310,9 @@ fn wipe_later(sessions: Arc<Slots<Session>>, slots: Vec<u32>) {
     });
 }
 
-fn slot_of(local_index: u32) -> Result<u32> {
-    match local_index & ((1 << SESSION_SLOT_BITS) - 1) {
-        0 => bail!("receiver index {local_index:#x} names slot 0, which means \"none\""),
+fn slot_of(local_index: SessionIndex) -> Result<u32> {
+    match local_index.get() & ((1 << SESSION_SLOT_BITS) - 1) {
+        0 => bail!("receiver index {local_index} names slot 0, which means \"none\""),
         slot => Ok(slot),
     }
 }
@@ -362,8 +362,8 @@ mod tests {
 
     #[test]
     fn slot_0_is_refused() {
-        assert_eq!(slot_of(0xabcd_e001).unwrap(), 1);
-        assert_eq!(slot_of(0xffff_ffff).unwrap(), 4095);
-        assert!(slot_of(0xabcd_e000).is_err());
+        assert_eq!(slot_of(SessionIndex::new(0xabcd_e001)).unwrap(), 1);
+        assert_eq!(slot_of(SessionIndex::new(0xffff_ffff)).unwrap(), 4095);
+        assert!(slot_of(SessionIndex::new(0xabcd_e000)).is_err());
     }
 }

@@ -15,7 +15,7 @@ use overnode_ebpf::wire::{
 };
 
 use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
-use overnode_types::{InterfaceIndex, MacAddr};
+use overnode_types::{InterfaceIndex, MacAddr, SessionIndex};
 
 /// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;
@@ -137,7 +137,7 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
     let [TYPE_DATA, 0, 0, 0, index @ .., _, _, _, _, _, _, _, _] = header else { return headers };
     let [.., a, b, c, d, e, f, g, h] = header;
     headers.message = Some(Message {
-        receiver: u32::from_le_bytes(*index),
+        receiver: SessionIndex::from_le_bytes(*index),
         counter: u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h]),
     });
     if is_opened {

@@ -13,7 +13,7 @@ use crate::monitor::decode::Seen;
 use crate::monitor::hub;
 use crate::monitor::{Hub, drop_reasons};
 use overnode_core::attachment::Attachment;
-use overnode_types::{NodeId, PeerIndex};
+use overnode_types::{NodeId, PeerIndex, SessionIndex};
 
 /// Maximum number of dropped packets shown per second and reason. All of them fit into the ring
 /// buffer of the eBPF programs.
@@ -213,7 +213,7 @@ impl View<'_> {
         leads_there.max_by_key(|(route, _)| route.prefix_len()).map(|(_, index)| *index)
     }
 
-    fn session_of(&self, receiver: u32) -> Option<PeerIndex> {
+    fn session_of(&self, receiver: SessionIndex) -> Option<PeerIndex> {
         let has = |peer: &&DataPeer| {
             peer.state
                 .as_ref()

@@ -12,7 +12,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use nix::sched::{CloneFlags, setns};
 use overnode_core::handshake::SessionKeys;
 use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, node_name};
-use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret};
+use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret, SessionIndex};
 
 /// Runs a command, fails the test if the command fails, and returns its standard output.
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -369,7 +369,7 @@ impl Pair {
     /// Returns one end's keys for the session in `slot`.
     pub fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
         let key = |end: u8| Secret([end + slot as u8; 32]);
-        let index = |end: u32| end << 28 | slot;
+        let index = |end: u32| SessionIndex::new(end << 28 | slot);
         let ((local, remote), (tx, rx)) =
             if initiator { ((1, 2), (100, 200)) } else { ((2, 1), (200, 100)) };
         SessionKeys {

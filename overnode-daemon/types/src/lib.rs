@@ -14,7 +14,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-pub use index::InterfaceIndex;
+pub use index::{InterfaceIndex, SessionIndex};
 pub use mac::{BadMacAddr, MacAddr};
 
 /// A node's ID, 1 to 4095. It is also the node's peer index in the data plane.

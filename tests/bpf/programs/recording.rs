@@ -120,7 +120,7 @@ fn drops_of_underlay_packets_are_recorded() {
             let outer = headers.outer.expect("an outer header");
             assert_eq!((outer.source, outer.destination), (underlay.remote(), underlay.local()));
             let named = headers.message.expect("a message");
-            assert_eq!((named.receiver, named.counter), (LOCAL_INDEX, 77));
+            assert_eq!((named.receiver.get(), named.counter), (LOCAL_INDEX, 77));
             assert_eq!(headers.inner, None, "it was not opened");
         }
     }

@@ -9,7 +9,7 @@ use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{HEADER_LEN, Header, Hello};
 use overnode_daemon::bulk::session::Session;
 use overnode_ebpf::wire::Relay;
-use overnode_types::NodeId;
+use overnode_types::{NodeId, SessionIndex};
 
 use super::input::Input;
 
@@ -64,8 +64,8 @@ fn bulk(bytes: &[u8]) {
 fn session() -> Session {
     Session::new(&Keys {
         peer: 1,
-        local_index: 1,
-        remote_index: 2,
+        local_index: SessionIndex::new(1),
+        remote_index: SessionIndex::new(2),
         tx: [1; 32],
         rx: [2; 32],
         created_ns: 0,
@@ -91,8 +91,13 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let answer = Probe { kind: Kind::Answer, size: SMALLEST, ..request };
     let received = |probe: &Probe| (probe.size as u16).to_le_bytes();
     let probe = |probe: &Probe| [&[1], &received(probe)[..], &probe.encode()].concat();
-    let header =
-        Header { cipher: Cipher::Aes, worker: 1, is_partial: true, receiver: 1, counter: 2 };
+    let header = Header {
+        cipher: Cipher::Aes,
+        worker: 1,
+        is_partial: true,
+        receiver: SessionIndex::new(1),
+        counter: 2,
+    };
     let hello = Hello { wants_answer: true, speeds: [1880, 3980] };
     let relay = Relay { hops: 3, destination: 1, source: 2, previous: 3 };
     vec![

@@ -15,7 +15,7 @@ use zeroize::Zeroize;
 
 use super::message::{self, CookieReply, MAC_LEN, Macs};
 use crate::sources::Sources;
-use overnode_types::PublicKey;
+use overnode_types::{PublicKey, SessionIndex};
 
 /// Lifetime of a cookie, and of the secret that cookies are made from.
 pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
@@ -111,7 +111,7 @@ impl LoadGuard {
     pub fn judge(
         &mut self,
         macs: &Macs<'_>,
-        sender: u32,
+        sender: SessionIndex,
         from: SocketAddr,
         class: impl FnOnce() -> Class,
         now: Instant,
@@ -176,7 +176,7 @@ pub struct CookieJar {
     cookie_key: [u8; 32],
     cookie: Option<(Cookie, Instant)>,
     /// Index and `mac1` of the last message sent. A cookie reply must refer to them.
-    sent: Option<(u32, [u8; MAC_LEN])>,
+    sent: Option<(SessionIndex, [u8; MAC_LEN])>,
 }
 
 impl CookieJar {
@@ -187,7 +187,7 @@ impl CookieJar {
 
     /// Fills in the MACs of a message that bears our index `sender`. Returns whether there was a
     /// cookie for the second MAC.
-    pub fn seal(&mut self, bytes: &mut [u8], sender: u32, now: Instant) -> bool {
+    pub fn seal(&mut self, bytes: &mut [u8], sender: SessionIndex, now: Instant) -> bool {
         let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return false };
         let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return false };
         *mac1 = mac(&self.mac1_key, &[body]);
@@ -294,8 +294,9 @@ mod tests {
     }
 
     fn sealed(jar: &mut CookieJar, now: Instant) -> Vec<u8> {
-        let mut bytes = message::initiation(42, &[5; message::INITIATION_NOISE_LEN]);
-        jar.seal(&mut bytes, 42, now);
+        let mut bytes =
+            message::initiation(SessionIndex::new(42), &[5; message::INITIATION_NOISE_LEN]);
+        jar.seal(&mut bytes, SessionIndex::new(42), now);
         bytes
     }
 
@@ -351,9 +352,9 @@ mod tests {
         };
         let forged = [0; 32];
         assert!(!jar.put(&CookieReply { cookie: &forged, ..parsed }, now));
-        parsed.receiver = 43;
+        parsed.receiver = SessionIndex::new(43);
         assert!(!jar.put(&parsed, now), "not the index that was sent");
-        parsed.receiver = 42;
+        parsed.receiver = SessionIndex::new(42);
         assert!(jar.put(&parsed, now));
         assert!(!jar.put(&parsed, now), "only one reply is accepted");
 

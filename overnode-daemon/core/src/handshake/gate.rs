@@ -18,7 +18,7 @@ use rand::rngs::StdRng;
 use super::Counters;
 use super::cookie::{Class, LoadGuard, Verdict};
 use super::message::{self, BadMessage, Message};
-use overnode_types::PublicKey;
+use overnode_types::{PublicKey, SessionIndex};
 
 /// Judges datagrams.
 pub struct Gate {
@@ -165,18 +165,20 @@ impl Awaited {
             Ok(Message::CookieReply(_)) | Err(_) => return,
         };
         if let Some(slot) = self.slot(sender) {
-            slot.store(sender, Ordering::Relaxed);
+            slot.store(sender.get(), Ordering::Relaxed);
         }
     }
 
     /// Whether an answer at this index is awaited. Slot 0 is never allocated, so 0 stands for none.
-    fn has(&self, receiver: u32) -> bool {
-        receiver != 0
-            && self.slot(receiver).is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver)
+    fn has(&self, receiver: SessionIndex) -> bool {
+        receiver.get() != 0
+            && self
+                .slot(receiver)
+                .is_some_and(|slot| slot.load(Ordering::Relaxed) == receiver.get())
     }
 
-    fn slot(&self, index: u32) -> Option<&AtomicU32> {
-        self.0.get((index % SESSION_SLOTS) as usize)
+    fn slot(&self, index: SessionIndex) -> Option<&AtomicU32> {
+        self.0.get((index.get() % SESSION_SLOTS) as usize)
     }
 }
 
@@ -198,9 +200,10 @@ mod tests {
         ([192, 0, 2, 1], 6784).into()
     }
 
-    fn response(receiver: u32, now: Instant) -> Vec<u8> {
-        let mut bytes = message::response(5, receiver, &[1; message::RESPONSE_NOISE_LEN]);
-        CookieJar::new(&OWN).seal(&mut bytes, 5, now);
+    fn response(receiver: SessionIndex, now: Instant) -> Vec<u8> {
+        let mut bytes =
+            message::response(SessionIndex::new(5), receiver, &[1; message::RESPONSE_NOISE_LEN]);
+        CookieJar::new(&OWN).seal(&mut bytes, SessionIndex::new(5), now);
         bytes
     }
 
@@ -233,8 +236,9 @@ mod tests {
     #[test]
     fn initiations_from_known_endpoints_have_priority() {
         let (mut gate, now) = (gate(), Instant::now());
-        let mut bytes = message::initiation(5, &[1; message::INITIATION_NOISE_LEN]);
-        CookieJar::new(&OWN).seal(&mut bytes, 5, now);
+        let mut bytes =
+            message::initiation(SessionIndex::new(5), &[1; message::INITIATION_NOISE_LEN]);
+        CookieJar::new(&OWN).seal(&mut bytes, SessionIndex::new(5), now);
         assert_eq!(gate.judge(now, from(), &bytes, || true), Judgment::Admit(Priority::High));
         assert_eq!(gate.judge(now, from(), &bytes, || false), Judgment::Admit(Priority::Low));
     }
@@ -242,20 +246,24 @@ mod tests {
     #[test]
     fn only_awaited_answers_are_admitted() {
         let (mut gate, now) = (gate(), Instant::now());
-        let sent = message::initiation(0x1234_5678, &[1; message::INITIATION_NOISE_LEN]);
+        let index = SessionIndex::new(0x1234_5678);
+        let sent = message::initiation(index, &[1; message::INITIATION_NOISE_LEN]);
         let is_peer = || panic!("answers are recognized by their index");
-        let cookie = message::cookie_reply(0x1234_5678, &[1; 24], &[1; 32]);
+        let cookie = message::cookie_reply(index, &[1; 24], &[1; 32]);
         let unasked = Judgment::Drop(Reason::UnknownIndex);
-        assert_eq!(gate.judge(now, from(), &response(0x1234_5678, now), is_peer), unasked.clone());
+        assert_eq!(gate.judge(now, from(), &response(index, now), is_peer), unasked.clone());
         assert_eq!(gate.judge(now, from(), &cookie, is_peer), unasked.clone());
         gate.awaited.clone().note(&sent);
         assert_eq!(
-            gate.judge(now, from(), &response(0x1234_5678, now), is_peer),
+            gate.judge(now, from(), &response(index, now), is_peer),
             Judgment::Admit(Priority::High)
         );
         assert_eq!(gate.judge(now, from(), &cookie, is_peer), Judgment::Admit(Priority::High));
         for other in [0, 0x678, 0x1234_5679, 0x1234_4678] {
-            assert_eq!(gate.judge(now, from(), &response(other, now), is_peer), unasked.clone());
+            assert_eq!(
+                gate.judge(now, from(), &response(SessionIndex::new(other), now), is_peer),
+                unasked.clone()
+            );
         }
         assert_eq!(gate.counters().lock().unwrap().unexpected, 6);
     }

@@ -8,7 +8,7 @@ use overnode_ebpf::map::{SESSION_SLOT_BITS, SESSION_SLOTS};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use overnode_types::PeerIndex;
+use overnode_types::{PeerIndex, SessionIndex};
 
 /// How long a slot stays unused after its session was withdrawn. By then, a program that still uses
 /// the session has ended, and late packets do not reach the next session in the slot.
@@ -26,7 +26,7 @@ pub struct Slots {
 #[derive(Clone, Copy, Default)]
 struct Slot {
     /// Current or last receiver index of the slot.
-    index: u32,
+    index: SessionIndex,
     owner: Option<PeerIndex>,
 }
 
@@ -44,7 +44,12 @@ impl Slots {
     }
 
     /// Returns a new receiver index, or `None` if no slot is free.
-    pub fn allocate(&mut self, peer: PeerIndex, now: Instant, rng: &mut StdRng) -> Option<u32> {
+    pub fn allocate(
+        &mut self,
+        peer: PeerIndex,
+        now: Instant,
+        rng: &mut StdRng,
+    ) -> Option<SessionIndex> {
         while self.quarantine.front().is_some_and(|(until, _)| *until <= now) {
             self.free.extend(self.quarantine.pop_front().map(|(_, slot)| slot));
         }
@@ -52,7 +57,7 @@ impl Slots {
         let slot = &mut self.slots[number as usize];
         let before = slot.index;
         while slot.index == before {
-            slot.index = (rng.random::<u32>() << SESSION_SLOT_BITS) | number;
+            slot.index = SessionIndex::new((rng.random::<u32>() << SESSION_SLOT_BITS) | number);
         }
         slot.owner = Some(peer);
         Some(slot.index)
@@ -60,7 +65,7 @@ impl Slots {
 
     /// Reserves the slot of an index that was allocated before a restart. Returns false if there is
     /// no such slot or it is not free.
-    pub fn reserve(&mut self, index: u32, peer: PeerIndex) -> bool {
+    pub fn reserve(&mut self, index: SessionIndex, peer: PeerIndex) -> bool {
         let number = number(index);
         let Some(position) = self.free.iter().position(|free| *free == number) else {
             return false;
@@ -71,20 +76,20 @@ impl Slots {
     }
 
     /// Returns the peer that the index belongs to.
-    pub fn owner(&self, index: u32) -> Option<PeerIndex> {
+    pub fn owner(&self, index: SessionIndex) -> Option<PeerIndex> {
         let slot = self.slots[number(index) as usize];
         slot.owner.filter(|_| slot.index == index)
     }
 
     /// Frees an index that never had a session.
-    pub fn discard(&mut self, index: u32) {
+    pub fn discard(&mut self, index: SessionIndex) {
         if self.vacate(index) {
             self.free.push_back(number(index));
         }
     }
 
     /// Frees the index of a withdrawn session, after [`QUARANTINE`].
-    pub fn retire(&mut self, index: u32, now: Instant) {
+    pub fn retire(&mut self, index: SessionIndex, now: Instant) {
         if self.vacate(index) {
             self.quarantine.push_back((now + QUARANTINE, number(index)));
         }
@@ -95,14 +100,14 @@ impl Slots {
         self.slots.len() - 1 - self.free.len() - self.quarantine.len()
     }
 
-    fn vacate(&mut self, index: u32) -> bool {
+    fn vacate(&mut self, index: SessionIndex) -> bool {
         let slot = &mut self.slots[number(index) as usize];
         slot.index == index && slot.owner.take().is_some()
     }
 }
 
-fn number(index: u32) -> u32 {
-    index % SESSION_SLOTS
+fn number(index: SessionIndex) -> u32 {
+    index.get() % SESSION_SLOTS
 }
 
 #[cfg(test)]
@@ -135,7 +140,7 @@ mod tests {
             .collect();
         slots.retire(all[5], now);
         slots.retire(all[5], now);
-        slots.retire(all[6] ^ (1 << 31), now);
+        slots.retire(SessionIndex::new(all[6].get() ^ (1 << 31)), now);
         assert_eq!((slots.owner(all[5]), slots.owner(all[6])), (None, Some(PEER)));
         assert_eq!(
             slots.allocate(PEER, now + QUARANTINE - Duration::from_nanos(1), &mut rng),
@@ -157,11 +162,11 @@ mod tests {
     fn reserved_slots_are_not_allocated() {
         let (mut rng, now) = (StdRng::seed_from_u64(1), Instant::now());
         let mut slots = Slots::new(&mut rng);
-        let index = 0xabcd_e003;
+        let index = SessionIndex::new(0xabcd_e003);
         assert!(slots.reserve(index, PEER));
-        assert!(!slots.reserve(0x0000_0003, PEER), "the slot is in use");
-        assert!(!slots.reserve(0xabcd_e000, PEER), "slot 0 is not a slot");
-        assert_eq!((slots.owner(index), slots.owner(3)), (Some(PEER), None));
+        assert!(!slots.reserve(SessionIndex::new(0x0000_0003), PEER), "the slot is in use");
+        assert!(!slots.reserve(SessionIndex::new(0xabcd_e000), PEER), "slot 0 is not a slot");
+        assert_eq!((slots.owner(index), slots.owner(SessionIndex::new(3))), (Some(PEER), None));
         while let Some(given) = slots.allocate(PEER, now, &mut rng) {
             assert_ne!(number(given), 3);
         }

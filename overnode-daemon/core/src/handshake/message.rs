@@ -4,6 +4,8 @@
 pub use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
 
+use overnode_types::SessionIndex;
+
 /// Length of the Noise part of an initiation: ephemeral key, sealed static key, sealed timestamp.
 pub const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
 /// Length of the Noise part of a response: ephemeral key, sealed empty payload.
@@ -24,7 +26,7 @@ pub enum Message<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initiation<'a> {
     /// Receiver index for messages to the initiator.
-    pub sender: u32,
+    pub sender: SessionIndex,
     /// Noise's first message.
     pub noise: &'a [u8; INITIATION_NOISE_LEN],
     /// The MACs and the bytes that they cover.
@@ -35,9 +37,9 @@ pub struct Initiation<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Response<'a> {
     /// Receiver index for messages to the responder.
-    pub sender: u32,
+    pub sender: SessionIndex,
     /// The initiation's `sender`.
-    pub receiver: u32,
+    pub receiver: SessionIndex,
     /// Noise's second message.
     pub noise: &'a [u8; RESPONSE_NOISE_LEN],
     /// The MACs and the bytes that they cover.
@@ -48,7 +50,7 @@ pub struct Response<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CookieReply<'a> {
     /// The `sender` of the message that was not answered.
-    pub receiver: u32,
+    pub receiver: SessionIndex,
     /// Nonce of XChaCha20-Poly1305.
     pub nonce: &'a [u8; 24],
     /// The sealed cookie.
@@ -105,12 +107,16 @@ pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
 }
 
 /// Returns an initiation whose MACs are still zero.
-pub fn initiation(sender: u32, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
+pub fn initiation(sender: SessionIndex, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
     assemble(&[&header(TYPE_INITIATION), &sender.to_le_bytes(), noise, &[0; 2 * MAC_LEN]])
 }
 
 /// Returns a response whose MACs are still zero.
-pub fn response(sender: u32, receiver: u32, noise: &[u8; RESPONSE_NOISE_LEN]) -> Vec<u8> {
+pub fn response(
+    sender: SessionIndex,
+    receiver: SessionIndex,
+    noise: &[u8; RESPONSE_NOISE_LEN],
+) -> Vec<u8> {
     assemble(&[
         &header(TYPE_RESPONSE),
         &sender.to_le_bytes(),
@@ -121,7 +127,7 @@ pub fn response(sender: u32, receiver: u32, noise: &[u8; RESPONSE_NOISE_LEN]) ->
 }
 
 /// Returns a cookie reply.
-pub fn cookie_reply(receiver: u32, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
+pub fn cookie_reply(receiver: SessionIndex, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
     assemble(&[&header(TYPE_COOKIE_REPLY), &receiver.to_le_bytes(), nonce, cookie])
 }
 
@@ -133,9 +139,9 @@ fn assemble(parts: &[&[u8]]) -> Vec<u8> {
     parts.concat()
 }
 
-fn index(bytes: &[u8]) -> Result<(u32, &[u8]), BadMessage> {
+fn index(bytes: &[u8]) -> Result<(SessionIndex, &[u8]), BadMessage> {
     let (index, rest) = bytes.split_first_chunk().ok_or(BadMessage::Malformed)?;
-    Ok((u32::from_le_bytes(*index), rest))
+    Ok((SessionIndex::from_le_bytes(*index), rest))
 }
 
 fn macs(bytes: &[u8]) -> Result<Macs<'_>, BadMessage> {
@@ -151,33 +157,34 @@ mod tests {
     #[test]
     fn assembled_messages_parse() {
         let noise = std::array::from_fn(|i| i as u8);
-        let bytes = initiation(0x0102_0304, &noise);
+        let bytes = initiation(SessionIndex::new(0x0102_0304), &noise);
         assert_eq!(bytes.len(), INITIATION_LEN);
         assert_eq!(bytes[..8], [1, 0, 0, 0, 4, 3, 2, 1]);
         let Ok(Message::Initiation(parsed)) = parse(&bytes) else { panic!("{bytes:?}") };
         assert_eq!(
             (parsed.sender, parsed.noise, parsed.macs.body.len()),
-            (0x0102_0304, &noise, 116)
+            (SessionIndex::new(0x0102_0304), &noise, 116)
         );
 
         let noise = std::array::from_fn(|i| i as u8);
-        let bytes = response(7, 9, &noise);
+        let bytes = response(SessionIndex::new(7), SessionIndex::new(9), &noise);
         assert_eq!(bytes.len(), RESPONSE_LEN);
         let Ok(Message::Response(parsed)) = parse(&bytes) else { panic!("{bytes:?}") };
         assert_eq!(
             (parsed.sender, parsed.receiver, parsed.noise, parsed.macs.body.len()),
-            (7, 9, &noise, 60)
+            (SessionIndex::new(7), SessionIndex::new(9), &noise, 60)
         );
 
-        let bytes = cookie_reply(5, &[1; 24], &[2; 32]);
+        let bytes = cookie_reply(SessionIndex::new(5), &[1; 24], &[2; 32]);
         assert_eq!(bytes.len(), COOKIE_REPLY_LEN);
-        let expected = CookieReply { receiver: 5, nonce: &[1; 24], cookie: &[2; 32] };
+        let expected =
+            CookieReply { receiver: SessionIndex::new(5), nonce: &[1; 24], cookie: &[2; 32] };
         assert_eq!(parse(&bytes), Ok(Message::CookieReply(expected)));
     }
 
     #[test]
     fn other_lengths_types_and_reserved_bytes_are_refused() {
-        let good = initiation(1, &[0; INITIATION_NOISE_LEN]);
+        let good = initiation(SessionIndex::new(1), &[0; INITIATION_NOISE_LEN]);
         for length in (0..INITIATION_LEN).chain([INITIATION_LEN + 1, 1500]) {
             let mut bytes = good.clone();
             bytes.resize(length, 0);

@@ -46,7 +46,7 @@ use self::peer::{Peer, Pending, Session};
 pub use self::timers::REJECT_AFTER_TIME;
 use self::timers::{INITIATION_INTERVAL, INITIATIONS_AT_ONCE, JITTER};
 use self::timestamp::Stamper;
-use overnode_types::{PeerIndex, PublicKey, Secret};
+use overnode_types::{PeerIndex, PublicKey, Secret, SessionIndex};
 
 /// The handshakes of a node with all its peers.
 pub struct Handshakes {
@@ -127,7 +127,7 @@ pub enum Event {
         /// The peer.
         peer: PeerIndex,
         /// Receiver index of the session in messages to us.
-        local_index: u32,
+        local_index: SessionIndex,
     },
     /// Send a keepalive in the session that seals.
     SendKeepalive {
@@ -156,9 +156,9 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionKeys {
     /// Receiver index in messages to us. The low 12 bits are the slot.
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     /// Receiver index in messages to the peer.
-    pub remote_index: u32,
+    pub remote_index: SessionIndex,
     /// Key that seals what we send.
     pub tx_key: Secret,
     /// Key that opens what we receive.
@@ -209,9 +209,9 @@ pub struct Activity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InheritedSession {
     /// Receiver index in messages to us.
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     /// Receiver index in messages to the peer.
-    pub remote_index: u32,
+    pub remote_index: SessionIndex,
     /// Whether we initiated.
     pub initiator: bool,
     /// False while the session waits for the peer's first message.
@@ -459,7 +459,7 @@ impl Handshakes {
     }
 
     /// Handles the first message that the programs received in a session that awaited confirmation.
-    pub fn handle_confirmed(&mut self, index: PeerIndex, local_index: u32, now: Instant) {
+    pub fn handle_confirmed(&mut self, index: PeerIndex, local_index: SessionIndex, now: Instant) {
         let Some(peer) = self.peers.get_mut(&index) else { return };
         let leads = self.identity.public() < peer.config.public_key;
         let Some(ended) = peer.confirm(local_index, leads, now) else { return };

@@ -10,6 +10,7 @@ use super::timers::{
     REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONDER_REKEY_DELAY,
 };
 use super::{Activity, Initiate, PeerConfig};
+use overnode_types::SessionIndex;
 
 /// Number of sessions kept besides the current and the next one. The whitepaper keeps one. A second
 /// one saves packets in two cases: packets sealed before both sides initiated at once, and packets
@@ -23,7 +24,7 @@ const MAX_UNCONFIRMED_RESPONSES: u8 = 2;
 /// A session without its keys, which only the data plane holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Session {
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     pub initiator: bool,
     pub created: Instant,
     /// Age at which this side makes a new session.
@@ -31,7 +32,12 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn new(local_index: u32, initiator: bool, created: Instant, jitter: Duration) -> Self {
+    pub fn new(
+        local_index: SessionIndex,
+        initiator: bool,
+        created: Instant,
+        jitter: Duration,
+    ) -> Self {
         let rekey_after = if initiator {
             REKEY_AFTER_TIME
         } else {
@@ -47,7 +53,7 @@ impl Session {
 
 /// An initiation that was sent and not yet answered.
 pub struct Pending {
-    pub local_index: u32,
+    pub local_index: SessionIndex,
     pub noise: Initiated,
     /// Whether a response that did not authenticate has been reported.
     pub bad_response_reported: bool,
@@ -154,7 +160,12 @@ impl Peer {
 
     /// Handles the peer's first use of a session. Returns the sessions that end, or `None` if the
     /// session was not waiting for confirmation.
-    pub fn confirm(&mut self, local_index: u32, leads: bool, now: Instant) -> Option<Vec<Session>> {
+    pub fn confirm(
+        &mut self,
+        local_index: SessionIndex,
+        leads: bool,
+        now: Instant,
+    ) -> Option<Vec<Session>> {
         let mut session = self.take_unconfirmed(local_index)?;
         // Both sides initiated at once, so each may end up sealing in a session that it answered.
         // One of them has to rekey on the initiator's schedule. Otherwise neither would before
@@ -171,7 +182,7 @@ impl Peer {
         Some(self.demote(session))
     }
 
-    fn take_unconfirmed(&mut self, local_index: u32) -> Option<Session> {
+    fn take_unconfirmed(&mut self, local_index: SessionIndex) -> Option<Session> {
         if let Some(next) = self.next.take_if(|next| next.local_index == local_index) {
             return Some(next);
         }

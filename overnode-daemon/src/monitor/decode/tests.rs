@@ -98,7 +98,7 @@ fn a_message_shows_its_inner_packet_only_if_it_was_opened() {
                     );
                     assert_eq!(
                         headers.message,
-                        Some(Message { receiver: 0x1234_5678, counter: 77 })
+                        Some(Message { receiver: SessionIndex::new(0x1234_5678), counter: 77 })
                     );
                     let relayed = Relayed { source: 3, destination: 1, previous: 2, hops: 7 };
                     assert_eq!(headers.relay, relay.map(|_| relayed));

@@ -220,8 +220,8 @@ fn sessions_that_cannot_be_adopted_are_withdrawn() {
     let mut world = World::pair(1, Initiate::AtOnce, Initiate::OnlyAnswer);
     let (now, core) = (world.now, &mut world.nodes[0].core);
     let good = InheritedSession {
-        local_index: 0x1000_0005,
-        remote_index: 9,
+        local_index: SessionIndex::new(0x1000_0005),
+        remote_index: SessionIndex::new(9),
         initiator: true,
         confirmed: true,
         created: now,
@@ -229,14 +229,18 @@ fn sessions_that_cannot_be_adopted_are_withdrawn() {
     };
     core.adopt(peer(1), good, now + SECOND);
     assert_eq!(core.poll_event(), None);
-    let again = InheritedSession { local_index: 0x2000_0005, ..good };
-    let none = InheritedSession { local_index: 0x2000_0000, ..good };
-    let old = InheritedSession { local_index: 0x2000_0006, ..good };
+    let again = InheritedSession { local_index: SessionIndex::new(0x2000_0005), ..good };
+    let none = InheritedSession { local_index: SessionIndex::new(0x2000_0000), ..good };
+    let old = InheritedSession { local_index: SessionIndex::new(0x2000_0006), ..good };
     let cases = [
         (peer(1), again, now + SECOND),
         (peer(1), none, now + SECOND),
         (peer(1), old, now + REJECT_AFTER_TIME),
-        (peer(7), InheritedSession { local_index: 0x2000_0007, ..good }, now + SECOND),
+        (
+            peer(7),
+            InheritedSession { local_index: SessionIndex::new(0x2000_0007), ..good },
+            now + SECOND,
+        ),
     ];
     for (peer, session, at) in cases {
         core.adopt(peer, session, at);
@@ -393,7 +397,7 @@ fn a_removed_peer_leaves_nothing() {
     assert_eq!((core.slots_used(), core.poll_timeout(), core.peer(peer(1))), (0, None, None));
     core.retry(peer(1));
     core.handle_activity(peer(1), &Activity::default());
-    core.handle_confirmed(peer(1), 77, now);
+    core.handle_confirmed(peer(1), SessionIndex::new(77), now);
     assert_eq!((core.poll_timeout(), core.poll_event()), (None, None));
     let again = initiation_of(&world, 1);
     world.inject(again);

@@ -67,7 +67,7 @@ fn every_changed_bit_of_an_initiation_is_noticed() {
     for bit in 8 * 8..116 * 8 {
         let mut bytes = initiation.bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
+        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, SessionIndex::new(0), now);
         core.reset_gate();
         core.handle_datagram(now, initiation.from, &bytes);
         quiet(core);
@@ -93,7 +93,7 @@ fn every_changed_bit_of_a_response_is_noticed() {
     for bit in 8 * 8..60 * 8 {
         let mut bytes = response.bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
+        cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, SessionIndex::new(0), now);
         core.reset_gate();
         core.handle_datagram(now, response.from, &bytes);
         assert_eq!(core.poll_transmit(), None);
@@ -140,8 +140,8 @@ fn initiations_less_than_twenty_milliseconds_apart_are_not_answered() {
         let (_, noise) = identity
             .initiate(&remote, &Secret([0; 32]), ephemeral, &stamp)
             .expect("the key is valid");
-        let mut bytes = message::initiation(u32::from(number), &noise);
-        jar.seal(&mut bytes, 0, now);
+        let mut bytes = message::initiation(SessionIndex::new(number.into()), &noise);
+        jar.seal(&mut bytes, SessionIndex::new(0), now);
         core.handle_datagram(now + Duration::from_millis(u64::from(number)), from, &bytes);
     }
     let Counters { initiations_answered, flooded, .. } = core.counters();
@@ -181,8 +181,8 @@ fn flood(source: impl Fn(&mut World) -> SocketAddr) -> (Counters, Counters) {
     while world.now < end {
         for _ in 0..20 {
             let noise = std::array::from_fn(|_| world.rng.random());
-            let mut bytes = message::initiation(world.rng.random(), &noise);
-            jar.seal(&mut bytes, 0, world.now);
+            let mut bytes = message::initiation(SessionIndex::new(world.rng.random()), &noise);
+            jar.seal(&mut bytes, SessionIndex::new(0), world.now);
             let from = source(&mut world);
             world.inject(Datagram { from, to: world.nodes[1].address, bytes });
         }
@@ -346,7 +346,11 @@ fn perform(world: &mut World, op: Op) {
             }
             let core = &mut world.nodes[at].core;
             if honest_mac {
-                cookie::CookieJar::new(&core.public_key()).seal(&mut bytes, 0, now);
+                cookie::CookieJar::new(&core.public_key()).seal(
+                    &mut bytes,
+                    SessionIndex::new(0),
+                    now,
+                );
             }
             core.handle_datagram(now, datagram.from, &bytes);
         }
@@ -369,7 +373,7 @@ fn perform(world: &mut World, op: Op) {
             let node = &mut world.nodes[at];
             let Some(plane) = node.planes.get(&peer(of)) else { return };
             let index = plane.sessions.keys().nth(which % plane.sessions.len().max(1)).copied();
-            node.core.handle_confirmed(peer(of), index.unwrap_or(0), now);
+            node.core.handle_confirmed(peer(of), index.unwrap_or_default(), now);
         }
         Op::Adopt { at, of, index, initiator, confirmed, sealing, age } => {
             // Adopt only what the map could hold: an unknown index, in a slot that the plane does
@@ -377,25 +381,25 @@ fn perform(world: &mut World, op: Op) {
             let node = &mut world.nodes[at];
             let Some(created) = now.checked_sub(SECOND * age as u32) else { return };
             let in_use =
-                |plane: &Plane| plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff);
+                |plane: &Plane| plane.sessions.keys().any(|old| old.get() & 0xfff == index & 0xfff);
             if node.planes.values().any(in_use)
-                || node.withdrawn.keys().any(|old| old & 0xfff == index & 0xfff)
+                || node.withdrawn.keys().any(|old| old.get() & 0xfff == index & 0xfff)
             {
                 return;
             }
             let keys = SessionKeys {
-                local_index: index,
-                remote_index: 1,
+                local_index: index.into(),
+                remote_index: SessionIndex::new(1),
                 tx_key: Secret([0; 32]),
                 rx_key: Secret([0; 32]),
                 initiator,
                 created,
             };
             let held = Held { keys, live: confirmed, sent: 0, received: BTreeSet::new() };
-            node.planes.entry(peer(of)).or_default().sessions.insert(index, held);
+            node.planes.entry(peer(of)).or_default().sessions.insert(index.into(), held);
             let adopted = InheritedSession {
-                local_index: index,
-                remote_index: 1,
+                local_index: index.into(),
+                remote_index: SessionIndex::new(1),
                 initiator,
                 confirmed,
                 created,

@@ -46,8 +46,12 @@ pub fn open(keys: &SessionKeys, message: &[u8]) -> Option<(u64, Vec<u8>)> {
     Some((counter, opened.to_vec()))
 }
 
-fn receiver(message: &[u8]) -> Option<u32> {
-    message.get(4..8)?.try_into().ok().map(u32::from_le_bytes)
+fn slot_of(index: SessionIndex) -> u32 {
+    index.get() & 0xfff
+}
+
+fn receiver(message: &[u8]) -> Option<SessionIndex> {
+    message.get(4..8)?.try_into().ok().map(SessionIndex::from_le_bytes)
 }
 
 fn key(secret: &Secret) -> LessSafeKey {
@@ -112,12 +116,12 @@ impl std::ops::DerefMut for Core {
 /// The part of the eBPF programs, for one peer.
 #[derive(Default)]
 pub struct Plane {
-    pub sessions: BTreeMap<u32, Held>,
-    pub sealing: Option<u32>,
+    pub sessions: BTreeMap<SessionIndex, Held>,
+    pub sealing: Option<SessionIndex>,
     pub remote: Option<SocketAddr>,
     pub activity: Activity,
     /// Sessions confirmed since the daemon's last look.
-    pub confirmed: Vec<u32>,
+    pub confirmed: Vec<SessionIndex>,
 }
 
 pub struct Held {
@@ -128,7 +132,7 @@ pub struct Held {
 }
 
 impl Plane {
-    fn usable(&self, local_index: u32, now: Instant) -> Option<&Held> {
+    fn usable(&self, local_index: SessionIndex, now: Instant) -> Option<&Held> {
         self.sessions.get(&local_index).filter(|held| now < held.keys.created + REJECT_AFTER_TIME)
     }
 
@@ -181,7 +185,7 @@ pub struct Node {
     /// All sessions ever installed.
     pub installed: Vec<(Instant, PeerIndex, SessionKeys)>,
     /// When each index was withdrawn.
-    pub withdrawn: BTreeMap<u32, Instant>,
+    pub withdrawn: BTreeMap<SessionIndex, Instant>,
     pub keepalives: Vec<Instant>,
     pub delivered: u64,
     pub refused: BTreeMap<&'static str, u64>,
@@ -487,14 +491,14 @@ impl Node {
             Event::Install { peer, session } => {
                 let index = session.local_index;
                 if let Some(withdrawn) =
-                    self.withdrawn.iter().find(|(old, _)| *old & 0xfff == index & 0xfff)
+                    self.withdrawn.iter().find(|(old, _)| slot_of(**old) == slot_of(index))
                 {
                     assert!(now >= *withdrawn.1 + index::QUARANTINE, "slot reused too soon");
                 }
-                self.withdrawn.retain(|old, _| *old & 0xfff != index & 0xfff);
+                self.withdrawn.retain(|old, _| slot_of(*old) != slot_of(index));
                 let plane = self.planes.get_mut(&peer)?;
                 assert!(
-                    !plane.sessions.keys().any(|old| old & 0xfff == index & 0xfff),
+                    !plane.sessions.keys().any(|old| slot_of(*old) == slot_of(index)),
                     "slot in use"
                 );
                 self.installed.push((now, peer, session.clone()));
