@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
 use overnode_api::bulk::{Cipher, Mode};
-use overnode_types::{InterfaceIndex, SessionIndex};
+use overnode_types::{BootTime, InterfaceIndex, SessionIndex};
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "bulk.sock";
@@ -78,10 +78,10 @@ pub struct Keys {
     pub tx: [u8; 32],
     /// Handshake secret for messages that this node receives.
     pub rx: [u8; 32],
-    /// When the handshake completed, in nanoseconds since boot.
-    pub created_ns: u64,
-    /// When the session expires, in nanoseconds since boot.
-    pub expires_ns: u64,
+    /// When the handshake completed.
+    pub created_ns: BootTime,
+    /// When the session expires.
+    pub expires_ns: BootTime,
     /// True if this node initiated the handshake.
     pub is_initiator: bool,
 }
@@ -110,8 +110,8 @@ pub enum FromWorkers {
         local_index: SessionIndex,
         /// Receiver index of the peer.
         remote_index: SessionIndex,
-        /// When the handshake completed, in nanoseconds since boot.
-        created_ns: u64,
+        /// When the handshake completed.
+        created_ns: BootTime,
         /// True if this node initiated the handshake.
         is_initiator: bool,
         /// True if the peer has proven that it has the keys.
@@ -162,14 +162,14 @@ pub struct Report {
     pub rx_bytes: u64,
     /// Messages received and authenticated.
     pub rx_packets: u64,
-    /// When the last message was sent, in nanoseconds since boot; 0 for never.
-    pub last_tx_ns: u64,
+    /// When the last message was sent, or [`BootTime::NEVER`].
+    pub last_tx_ns: BootTime,
     /// When the last authenticated message was received, likewise.
-    pub last_rx_ns: u64,
+    pub last_rx_ns: BootTime,
     /// When the last packet was sent, likewise.
-    pub last_data_tx_ns: u64,
+    pub last_data_tx_ns: BootTime,
     /// When the last packet was received, likewise.
-    pub last_data_rx_ns: u64,
+    pub last_data_rx_ns: BootTime,
     /// How often the peer was given up because it did not answer.
     pub silences: u64,
 }
@@ -220,10 +220,10 @@ mod tests {
             tx_packets: u64::MAX,
             rx_bytes: u64::MAX,
             rx_packets: u64::MAX,
-            last_tx_ns: u64::MAX,
-            last_rx_ns: u64::MAX,
-            last_data_tx_ns: u64::MAX,
-            last_data_rx_ns: u64::MAX,
+            last_tx_ns: BootTime::from_nanos(u64::MAX),
+            last_rx_ns: BootTime::from_nanos(u64::MAX),
+            last_data_tx_ns: BootTime::from_nanos(u64::MAX),
+            last_data_rx_ns: BootTime::from_nanos(u64::MAX),
             silences: u64::MAX,
         }
     }

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 
@@ -12,16 +13,16 @@ use super::message::Hello;
 use super::session::Session;
 use overnode_api::bulk::Cipher;
 use overnode_api::bulk::Mode;
-use overnode_types::PeerIndex;
+use overnode_types::{BootTime, PeerIndex};
 
-/// Longest accepted silence of a peer that is sent data, in nanoseconds, on top of two round trips.
-const MAX_SILENCE_NS: u64 = 70_000_000;
-/// Interval at which a peer that receives data sends a hello, in nanoseconds.
-pub const FEEDBACK_NS: u64 = 20_000_000;
-/// Interval at which a peer that is not served is sent a hello, in nanoseconds.
-const PROBE_INTERVAL_NS: u64 = 500_000_000;
-/// Time without data after which a peer is idle, in nanoseconds.
-const IDLE_AFTER_NS: u64 = 500_000_000;
+/// Longest accepted silence of a peer that is sent data, on top of two round trips.
+const MAX_SILENCE: Duration = Duration::from_millis(70);
+/// Interval at which a peer that receives data sends a hello.
+pub const FEEDBACK: Duration = Duration::from_millis(20);
+/// Interval at which a peer that is not served is sent a hello.
+const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+/// Time without data after which a peer is idle.
+const IDLE_AFTER: Duration = Duration::from_millis(500);
 /// Assumed round-trip time while it is unknown, in milliseconds.
 const ASSUMED_RTT_MS: u32 = 300;
 
@@ -34,7 +35,7 @@ pub struct Endpoint {
     pub local: Option<IpAddr>,
 }
 
-/// A peer, shared by all workers. All times are in nanoseconds since boot, 0 for never.
+/// A peer, shared by all workers.
 #[derive(Debug)]
 pub struct Peer {
     /// Peer index.
@@ -43,20 +44,21 @@ pub struct Peer {
     pub endpoint: ArcSwapOption<Endpoint>,
     /// The session that seals messages.
     pub current: ArcSwapOption<Session>,
+    /// Longest accepted silence, in nanoseconds.
     silence_ns: AtomicU64,
     speeds: [AtomicU32; Cipher::ALL.len()],
     is_served: AtomicBool,
     /// When data was first sent since the last message from the peer.
-    waiting_since_ns: AtomicU64,
-    last_hello_ns: AtomicU64,
+    waiting_since: AtomicBootTime,
+    last_hello: AtomicBootTime,
     tx_bytes: AtomicU64,
     tx_packets: AtomicU64,
     rx_bytes: AtomicU64,
     rx_packets: AtomicU64,
-    last_tx_ns: AtomicU64,
-    last_rx_ns: AtomicU64,
-    last_data_tx_ns: AtomicU64,
-    last_data_rx_ns: AtomicU64,
+    last_tx: AtomicBootTime,
+    last_rx: AtomicBootTime,
+    last_data_tx: AtomicBootTime,
+    last_data_rx: AtomicBootTime,
     silences: AtomicU64,
 }
 
@@ -70,16 +72,16 @@ impl Peer {
             silence_ns: AtomicU64::new(silence_ns(ASSUMED_RTT_MS)),
             speeds: Default::default(),
             is_served: AtomicBool::new(false),
-            waiting_since_ns: AtomicU64::new(0),
-            last_hello_ns: AtomicU64::new(0),
+            waiting_since: AtomicBootTime::default(),
+            last_hello: AtomicBootTime::default(),
             tx_bytes: AtomicU64::new(0),
             tx_packets: AtomicU64::new(0),
             rx_bytes: AtomicU64::new(0),
             rx_packets: AtomicU64::new(0),
-            last_tx_ns: AtomicU64::new(0),
-            last_rx_ns: AtomicU64::new(0),
-            last_data_tx_ns: AtomicU64::new(0),
-            last_data_rx_ns: AtomicU64::new(0),
+            last_tx: AtomicBootTime::default(),
+            last_rx: AtomicBootTime::default(),
+            last_data_tx: AtomicBootTime::default(),
+            last_data_rx: AtomicBootTime::default(),
             silences: AtomicU64::new(0),
         }
     }
@@ -90,31 +92,31 @@ impl Peer {
     }
 
     /// Records that data was sent. Returns true if none had been sent for a while.
-    pub fn record_sent(&self, packets: u64, bytes: u64, now: u64) -> bool {
+    pub fn record_sent(&self, packets: u64, bytes: u64, now: BootTime) -> bool {
         let was_busy = self.is_busy(now);
         self.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.last_tx_ns.store(now, Ordering::Relaxed);
-        self.last_data_tx_ns.store(now, Ordering::Relaxed);
-        if self.waiting_since_ns.load(Ordering::Relaxed) == 0 {
-            self.waiting_since_ns.store(now, Ordering::Relaxed);
+        self.last_tx.set(now);
+        self.last_data_tx.set(now);
+        if self.waiting_since.get() == BootTime::NEVER {
+            self.waiting_since.set(now);
         }
         !was_busy
     }
 
     /// Returns true if data was sent recently.
-    pub fn is_busy(&self, now: u64) -> bool {
-        now < self.last_data_tx_ns.load(Ordering::Relaxed) + IDLE_AFTER_NS
+    pub fn is_busy(&self, now: BootTime) -> bool {
+        now < self.last_data_tx.get() + IDLE_AFTER
     }
 
     /// Records an authenticated message. `bytes` is the length of its inner packet, 0 for a hello.
-    pub fn record_received(&self, bytes: u64, now: u64) {
+    pub fn record_received(&self, bytes: u64, now: BootTime) {
         self.rx_packets.fetch_add(1, Ordering::Relaxed);
-        self.last_rx_ns.store(now, Ordering::Relaxed);
-        self.waiting_since_ns.store(0, Ordering::Relaxed);
+        self.last_rx.set(now);
+        self.waiting_since.set(BootTime::NEVER);
         if bytes != 0 {
             self.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
-            self.last_data_rx_ns.store(now, Ordering::Relaxed);
+            self.last_data_rx.set(now);
         }
     }
 
@@ -126,16 +128,15 @@ impl Peer {
     }
 
     /// Records that a hello was sent.
-    pub fn record_hello_sent(&self, now: u64) {
+    pub fn record_hello_sent(&self, now: BootTime) {
         self.tx_packets.fetch_add(1, Ordering::Relaxed);
-        self.last_tx_ns.store(now, Ordering::Relaxed);
-        self.last_hello_ns.store(now, Ordering::Relaxed);
+        self.last_tx.set(now);
+        self.last_hello.set(now);
     }
 
-    /// Returns the boot time, in nanoseconds, from which the next hello to a peer that sends data
-    /// is due.
-    pub fn feedback_due(&self) -> u64 {
-        self.last_hello_ns.load(Ordering::Relaxed) + FEEDBACK_NS
+    /// Returns the time from which the next hello to a peer that sends data is due.
+    pub fn feedback_due(&self) -> BootTime {
+        self.last_hello.get() + FEEDBACK
     }
 
     /// Returns the cipher that seals messages to the peer. In automatic mode this is the cipher
@@ -162,16 +163,16 @@ impl Peer {
     /// Returns true if the peer's bulk flows are served from now on. The peer must have sent a
     /// hello, its sealing session must be confirmed and live, and it must not have fallen silent.
     /// Call it every few milliseconds.
-    pub fn update_served(&self, now: u64) -> bool {
+    pub fn update_served(&self, now: BootTime) -> bool {
         let has_session = self
             .current
             .load()
             .as_ref()
-            .is_some_and(|session| session.is_confirmed() && now < session.expires_ns);
+            .is_some_and(|session| session.is_confirmed() && now < session.expires);
         let was_served = self.is_served.load(Ordering::Relaxed);
-        let waiting_since = self.waiting_since_ns.load(Ordering::Relaxed);
-        let is_silent =
-            waiting_since != 0 && now > waiting_since + self.silence_ns.load(Ordering::Relaxed);
+        let waiting_since = self.waiting_since.get();
+        let silence = Duration::from_nanos(self.silence_ns.load(Ordering::Relaxed));
+        let is_silent = waiting_since != BootTime::NEVER && now > waiting_since + silence;
         let has_greeted = self.speeds.iter().any(|speed| speed.load(Ordering::Relaxed) != 0);
         if is_silent && was_served {
             self.silences.fetch_add(1, Ordering::Relaxed);
@@ -182,9 +183,9 @@ impl Peer {
     }
 
     /// Returns true if a hello should be sent now to a peer that could be served but is not.
-    pub fn should_send_hello(&self, now: u64) -> bool {
+    pub fn should_send_hello(&self, now: BootTime) -> bool {
         !self.is_served.load(Ordering::Relaxed)
-            && now > self.last_hello_ns.load(Ordering::Relaxed) + PROBE_INTERVAL_NS
+            && now > self.last_hello.get() + PROBE_INTERVAL
             && self.current.load().as_ref().is_some_and(|session| session.is_confirmed())
     }
 
@@ -192,7 +193,7 @@ impl Peer {
     /// hold for the next session.
     pub fn forget(&self) {
         self.current.store(None);
-        self.waiting_since_ns.store(0, Ordering::Relaxed);
+        self.waiting_since.set(BootTime::NEVER);
         for speed in &self.speeds {
             speed.store(0, Ordering::Relaxed);
         }
@@ -218,17 +219,32 @@ impl Peer {
             tx_packets: get(&self.tx_packets),
             rx_bytes: get(&self.rx_bytes),
             rx_packets: get(&self.rx_packets),
-            last_tx_ns: get(&self.last_tx_ns),
-            last_rx_ns: get(&self.last_rx_ns),
-            last_data_tx_ns: get(&self.last_data_tx_ns),
-            last_data_rx_ns: get(&self.last_data_rx_ns),
+            last_tx_ns: self.last_tx.get(),
+            last_rx_ns: self.last_rx.get(),
+            last_data_tx_ns: self.last_data_tx.get(),
+            last_data_rx_ns: self.last_data_rx.get(),
             silences: get(&self.silences),
         }
     }
 }
 
 fn silence_ns(rtt_ms: u32) -> u64 {
-    MAX_SILENCE_NS + 2 * u64::from(rtt_ms) * 1_000_000
+    let round_trips = 2 * Duration::from_millis(rtt_ms.into());
+    (MAX_SILENCE + round_trips).as_nanos() as u64
+}
+
+/// A [`BootTime`] that threads share. [`BootTime::NEVER`] at first.
+#[derive(Debug, Default)]
+struct AtomicBootTime(AtomicU64);
+
+impl AtomicBootTime {
+    fn get(&self) -> BootTime {
+        BootTime::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, time: BootTime) {
+        self.0.store(time.as_nanos(), Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -237,7 +253,9 @@ mod tests {
     use super::*;
     use overnode_types::SessionIndex;
 
-    const MS: u64 = 1_000_000;
+    const fn at(ms: u64) -> BootTime {
+        BootTime::from_nanos(ms * 1_000_000)
+    }
 
     fn served() -> Peer {
         let peer = Peer::new(PeerIndex(2));
@@ -249,27 +267,27 @@ mod tests {
             remote_index: SessionIndex::new(1),
             tx: [1; 32],
             rx: [2; 32],
-            created_ns: 0,
-            expires_ns: 10_000 * MS,
+            created_ns: BootTime::NEVER,
+            expires_ns: at(10_000),
             is_initiator: true,
         }))));
-        assert!(peer.update_served(MS));
+        assert!(peer.update_served(at(1)));
         peer
     }
 
     #[test]
     fn a_silent_peer_is_given_up_within_100_ms_and_asked_again() {
         let peer = served();
-        peer.record_sent(1, 100, 1000 * MS);
-        peer.record_sent(1, 100, 1050 * MS);
-        assert!(peer.update_served(1072 * MS));
-        assert!(!peer.update_served(1073 * MS));
-        assert!(peer.should_send_hello(1073 * MS));
-        peer.record_hello_sent(1073 * MS);
-        assert!(!peer.should_send_hello(1573 * MS));
-        assert!(peer.should_send_hello(1574 * MS));
-        peer.record_received(0, 1600 * MS);
-        assert!(peer.update_served(1600 * MS));
+        peer.record_sent(1, 100, at(1000));
+        peer.record_sent(1, 100, at(1050));
+        assert!(peer.update_served(at(1072)));
+        assert!(!peer.update_served(at(1073)));
+        assert!(peer.should_send_hello(at(1073)));
+        peer.record_hello_sent(at(1073));
+        assert!(!peer.should_send_hello(at(1573)));
+        assert!(peer.should_send_hello(at(1574)));
+        peer.record_received(0, at(1600));
+        assert!(peer.update_served(at(1600)));
         assert_eq!(peer.report(Mode::Auto, [1, 1]).silences, 1);
     }
 
@@ -277,25 +295,25 @@ mod tests {
     fn a_peer_that_answers_is_served_however_long_the_flow_lasts() {
         let peer = served();
         for ms in (1000..9000).step_by(20) {
-            peer.record_sent(1, 100, ms * MS);
-            peer.record_received(0, (ms + 10) * MS);
-            peer.record_sent(1, 100, (ms + 15) * MS);
-            assert!(peer.update_served((ms + 19) * MS));
+            peer.record_sent(1, 100, at(ms));
+            peer.record_received(0, at(ms + 10));
+            peer.record_sent(1, 100, at(ms + 15));
+            assert!(peer.update_served(at(ms + 19)));
         }
-        assert!(peer.update_served(9050 * MS));
+        assert!(peer.update_served(at(9050)));
     }
 
     #[test]
     fn no_peer_is_served_without_a_live_session_and_a_hello() {
         let peer = served();
-        assert!(!peer.update_served(10_000 * MS), "expired");
+        assert!(!peer.update_served(at(10_000)), "expired");
         let peer = served();
         peer.forget();
-        assert!(!peer.update_served(MS) && !peer.should_send_hello(1000 * MS));
+        assert!(!peer.update_served(at(1)) && !peer.should_send_hello(at(1000)));
         let fresh = Peer::new(PeerIndex(2));
         fresh.current.store(served().current.load_full());
-        assert!(!fresh.update_served(MS), "no hello received");
-        assert!(fresh.should_send_hello(1000 * MS));
+        assert!(!fresh.update_served(at(1)), "no hello received");
+        assert!(fresh.should_send_hello(at(1000)));
     }
 
     #[test]

@@ -35,10 +35,10 @@ use super::peer::{Endpoint, Peer};
 use super::session::Session;
 use super::udp::{Socket, Sockets};
 use super::worker::{Command, Handles, Shared, Worker, send_hello};
-use crate::datapath::{BulkMaps, ReceiveRing, boot_now_ns};
+use crate::datapath::{BulkMaps, ReceiveRing, boot_now};
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate};
-use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, SessionIndex};
+use overnode_types::{BootTime, InterfaceIndex, PeerIndex, PublicKey, SessionIndex};
 
 /// First argument that makes the program run as this process. It takes the place of any option.
 pub const ARGUMENT: &str = "bulk-workers";
@@ -178,7 +178,7 @@ impl Thread {
             shared.clone(),
         );
         if let Some(device) = start.devices.get(usize::from(number)) {
-            shared.maps.set_worker(number.into(), *device, boot_now_ns());
+            shared.maps.set_worker(number.into(), *device, boot_now());
         }
         let handle =
             std::thread::Builder::new().name(format!("worker {number}")).spawn(move || {
@@ -235,7 +235,7 @@ impl Process {
             self.wait()?;
             self.accept();
             self.receive_commands();
-            let now = boot_now_ns();
+            let now = boot_now();
             self.update_served_peers(now);
             self.forward_events();
             if self.threads.iter().any(|thread| thread.handle.is_finished()) {
@@ -246,7 +246,7 @@ impl Process {
                 std::thread::sleep(DRAIN_TIME);
                 return self.stop_workers();
             }
-            let has_sessions = self.sessions.values().any(|session| now < session.expires_ns);
+            let has_sessions = self.sessions.values().any(|session| now < session.expires);
             if self.daemon.is_some() || has_sessions {
                 self.orphaned_since = Instant::now();
             } else if self.orphaned_since.elapsed() > ORPHAN_TIMEOUT {
@@ -265,12 +265,8 @@ impl Process {
         fds.extend(
             self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)),
         );
-        let now = boot_now_ns();
-        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) {
-            BUSY_INTERVAL
-        } else {
-            IDLE_INTERVAL
-        };
+        let now = boot_now();
+        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) { BUSY_INTERVAL } else { IDLE_INTERVAL };
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -293,7 +289,7 @@ impl Process {
         self.daemon = Some(daemon);
         // A daemon that lost this process has cleared the maps, and confirmed sessions were only
         // reported to the previous daemon. Both are repeated.
-        let now = boot_now_ns();
+        let now = boot_now();
         for (worker, device) in (0..).zip(&self.start.devices) {
             self.shared.maps.set_worker(worker, *device, now);
         }
@@ -310,16 +306,16 @@ impl Process {
             devices: self.start.devices.clone(),
             speeds: self.shared.speeds,
         });
-        let now = boot_now_ns();
+        let now = boot_now();
         let sessions: Vec<_> =
-            self.sessions.values().filter(|session| now < session.expires_ns).cloned().collect();
+            self.sessions.values().filter(|session| now < session.expires).cloned().collect();
         for session in sessions {
             let sealing = self.peers.get(&session.peer.0).and_then(|peer| peer.current.load_full());
             self.send(&FromWorkers::Session {
                 peer: session.peer.0,
                 local_index: session.local_index,
                 remote_index: session.remote_index,
-                created_ns: session.created_ns,
+                created_ns: session.created,
                 is_initiator: session.is_initiator,
                 is_confirmed: session.is_confirmed(),
                 is_sealing: sealing
@@ -387,7 +383,7 @@ impl Process {
                         let sessions = self.sessions.values();
                         let others = sessions
                             .filter(|other| other.peer == peer.index && other.is_confirmed());
-                        match others.max_by_key(|other| other.created_ns) {
+                        match others.max_by_key(|other| other.created) {
                             Some(newest) => peer.current.store(Some(newest.clone())),
                             None => peer.forget(),
                         }
@@ -397,7 +393,7 @@ impl Process {
             ToWorkers::Keepalive { peer } => {
                 if let Some(peer) = self.peers.get(&peer)
                     && let Err(reason) =
-                        send_hello(&self.shared, &self.sending, 0, peer, true, boot_now_ns())
+                        send_hello(&self.shared, &self.sending, 0, peer, true, boot_now())
                 {
                     self.shared.count_drop(reason);
                 }
@@ -437,7 +433,7 @@ impl Process {
     }
 
     /// Updates in the maps which peers are served, and sends a hello to peers that could be.
-    fn update_served_peers(&mut self, now: u64) {
+    fn update_served_peers(&mut self, now: BootTime) {
         for (index, peer) in &self.peers {
             if peer.update_served(now) {
                 if self.served.insert(*index) {

@@ -20,7 +20,7 @@ use super::control::Keys;
 use super::message::{HEADER_LEN, Header, TAG_LEN};
 use overnode_api::bulk::Cipher;
 use overnode_core::control::key;
-use overnode_types::{PeerIndex, Secret, SessionIndex};
+use overnode_types::{BootTime, PeerIndex, Secret, SessionIndex};
 
 const WORKERS: usize = BULK_WORKER_SLOTS as usize;
 /// Maximum number of messages sealed with one key. This is a backstop, since sessions are renewed
@@ -38,10 +38,10 @@ pub struct Session {
     pub local_index: SessionIndex,
     /// Receiver index of messages to the peer.
     pub remote_index: SessionIndex,
-    /// When the handshake completed, in nanoseconds since boot.
-    pub created_ns: u64,
-    /// When the session expires, in nanoseconds since boot. After that it neither seals nor opens.
-    pub expires_ns: u64,
+    /// When the handshake completed.
+    pub created: BootTime,
+    /// When the session expires. After that it neither seals nor opens.
+    pub expires: BootTime,
     /// True if this node initiated the handshake.
     pub is_initiator: bool,
     is_confirmed: AtomicBool,
@@ -101,8 +101,8 @@ impl Session {
             peer: PeerIndex(keys.peer),
             local_index: keys.local_index,
             remote_index: keys.remote_index,
-            created_ns: keys.created_ns,
-            expires_ns: keys.expires_ns,
+            created: keys.created_ns,
+            expires: keys.expires_ns,
             is_initiator: keys.is_initiator,
             is_confirmed: keys.is_initiator.into(),
             tx: Secret(keys.tx),
@@ -136,12 +136,12 @@ impl Session {
         cipher: Cipher,
         is_partial: bool,
         message: &mut [u8],
-        now_ns: u64,
+        now: BootTime,
     ) -> Result<(), Reason> {
         if !self.is_confirmed() {
             return Err(Reason::NoSession);
         }
-        if now_ns >= self.expires_ns {
+        if now >= self.expires {
             return Err(Reason::Expired);
         }
         let sending = self.sending.get(usize::from(worker)).ok_or(Reason::Malformed)?;
@@ -171,9 +171,9 @@ impl Session {
         &self,
         header: &Header,
         message: &'a mut [u8],
-        now_ns: u64,
+        now: BootTime,
     ) -> Result<&'a mut [u8], Reason> {
-        if now_ns >= self.expires_ns {
+        if now >= self.expires {
             return Err(Reason::Expired);
         }
         let receiving = self.receiving.get(usize::from(header.worker)).ok_or(Reason::Malformed)?;
@@ -235,7 +235,8 @@ fn nonce(counter: u64) -> Nonce {
 mod tests {
     use super::*;
 
-    const END: u64 = 1000;
+    const START: BootTime = BootTime::from_nanos(1);
+    const END: BootTime = BootTime::from_nanos(1000);
 
     fn pair() -> (Session, Session) {
         let make = |tx: u8, rx: u8, is_initiator| {
@@ -245,7 +246,7 @@ mod tests {
                 remote_index: SessionIndex::new(tx.into()),
                 tx: [tx; 32],
                 rx: [rx; 32],
-                created_ns: 0,
+                created_ns: START,
                 expires_ns: END,
                 is_initiator,
             })
@@ -255,14 +256,14 @@ mod tests {
 
     fn sealed(session: &Session, worker: u8, cipher: Cipher, text: &[u8]) -> Vec<u8> {
         let mut message = [&[0; HEADER_LEN], text, &[0; TAG_LEN]].concat();
-        session.seal(worker, cipher, false, &mut message, 0).unwrap();
+        session.seal(worker, cipher, false, &mut message, START).unwrap();
         message
     }
 
     fn open(session: &Session, message: &[u8]) -> Result<Vec<u8>, Reason> {
         let mut message = message.to_vec();
         let header = Header::from_message(&message).ok_or(Reason::Malformed)?;
-        session.open(&header, &mut message, 0).map(|text| text.to_vec())
+        session.open(&header, &mut message, START).map(|text| text.to_vec())
     }
 
     #[test]
@@ -286,10 +287,10 @@ mod tests {
     fn nothing_is_sealed_before_the_peer_has_proved_its_identity() {
         let (_, b) = pair();
         let mut message = [0; 64];
-        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, 0), Err(Reason::NoSession));
+        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, START), Err(Reason::NoSession));
         assert!(b.confirm() && !b.confirm());
-        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, 0), Ok(()));
-        assert_eq!(b.seal(16, Cipher::Aes, false, &mut message, 0), Err(Reason::Malformed));
+        assert_eq!(b.seal(0, Cipher::Aes, false, &mut message, START), Ok(()));
+        assert_eq!(b.seal(16, Cipher::Aes, false, &mut message, START), Err(Reason::Malformed));
     }
 
     #[test]
@@ -301,9 +302,9 @@ mod tests {
         let mut more = [0; 64];
         assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, END), Err(Reason::Expired));
         a.sending[0].counters[0].store(MAX_MESSAGES - 1, Ordering::Relaxed);
-        assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Ok(()));
+        assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, START), Ok(()));
         for _ in 0..3 {
-            assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, 0), Err(Reason::Exhausted));
+            assert_eq!(a.seal(0, Cipher::ChaCha, false, &mut more, START), Err(Reason::Exhausted));
         }
         assert_eq!(a.sending[0].counters[0].load(Ordering::Relaxed), MAX_MESSAGES);
     }

@@ -32,11 +32,11 @@ use super::segment::Segmentation;
 use super::session::Session;
 use super::udp::{Batch, BatchKey, Sockets};
 use crate::checksum::fold;
-use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now_ns};
+use crate::datapath::{BulkMaps, Origin, ReceiveRing, boot_now};
 use overnode_api::bulk::Cipher;
 use overnode_api::bulk::Mode;
 use overnode_core::handshake::gate::{Awaited, Gate, Judgment};
-use overnode_types::{PeerIndex, SessionIndex};
+use overnode_types::{BootTime, PeerIndex, SessionIndex};
 
 /// Longest frame that one read of the device returns, in bytes: both headers and the largest IP
 /// packet.
@@ -50,14 +50,14 @@ const MAX_TURN: usize = 8;
 const MAX_RING_MESSAGES: usize = MAX_TURN * RECEIVE_BATCH;
 /// Longest wait of a worker without work. It renews its heartbeat after each wait.
 const MAX_WAIT: Duration = Duration::from_millis(45);
-/// Pause after which a worker drops the frames pending in its device, in nanoseconds. After a
-/// shorter pause, late packets still fill the gaps that their delay left.
-const STALE_FRAMES_NS: u64 = 3_000_000_000;
-/// Time that the receive ring stays closed after a message that does not fit into it, in
-/// nanoseconds. More such messages are likely to follow.
-const RING_CLOSED_NS: u64 = 1_000_000_000;
-/// Time that the cached addresses of peers are used to judge handshake messages, in nanoseconds.
-const PEER_ADDRESSES_TTL_NS: u64 = 1_000_000_000;
+/// Pause after which a worker drops the frames pending in its device. After a shorter pause, late
+/// packets still fill the gaps that their delay left.
+const STALE_FRAMES: Duration = Duration::from_secs(3);
+/// Time that the receive ring stays closed after a message that does not fit into it. More such
+/// messages are likely to follow.
+const RING_CLOSED: Duration = Duration::from_secs(1);
+/// Time that the cached addresses of peers are used to judge handshake messages.
+const PEER_ADDRESSES_TTL: Duration = Duration::from_secs(1);
 
 /// A change to the set of peers and sessions, or the order to exit.
 #[derive(Clone, Debug)]
@@ -135,11 +135,11 @@ pub struct Worker {
     device: File,
     sockets: Sockets,
     ring: ReceiveRing,
-    /// Time before which the receive ring stays closed, in nanoseconds since boot.
-    ring_closed_until: u64,
+    /// Time before which the receive ring stays closed.
+    ring_closed_until: BootTime,
     gate: Gate,
-    /// Cached addresses of peers, and when the cache expires, in nanoseconds since boot.
-    peer_addresses: (HashSet<IpAddr>, u64),
+    /// Cached addresses of peers, and when the cache expires.
+    peer_addresses: (HashSet<IpAddr>, BootTime),
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
@@ -170,9 +170,9 @@ impl Worker {
             device,
             sockets,
             ring,
-            ring_closed_until: 0,
+            ring_closed_until: BootTime::NEVER,
             gate,
-            peer_addresses: (HashSet::new(), 0),
+            peer_addresses: (HashSet::new(), BootTime::NEVER),
             commands,
             wake,
             shared,
@@ -192,10 +192,10 @@ impl Worker {
     /// # Errors
     /// Fails if the device or a socket is broken.
     pub fn run(mut self) -> io::Result<()> {
-        let mut last = boot_now_ns();
+        let mut last = boot_now();
         loop {
-            let now = boot_now_ns();
-            if now > last + STALE_FRAMES_NS {
+            let now = boot_now();
+            if now > last + STALE_FRAMES {
                 self.drop_pending_frames()?;
             }
             last = now;
@@ -216,8 +216,7 @@ impl Worker {
     /// Waits until there is something to do, but only briefly.
     fn wait(&self) -> io::Result<()> {
         let owes_hellos = !self.owed_hellos.is_empty();
-        let wait =
-            if owes_hellos { Duration::from_nanos(super::peer::FEEDBACK_NS / 2) } else { MAX_WAIT };
+        let wait = if owes_hellos { super::peer::FEEDBACK / 2 } else { MAX_WAIT };
         let device = self.device.as_fd();
         // The device takes the place of a missing address family. Polling a descriptor twice is
         // harmless.
@@ -275,7 +274,7 @@ impl Worker {
         Ok(())
     }
 
-    fn send_turn(&mut self, now: u64) -> io::Result<bool> {
+    fn send_turn(&mut self, now: BootTime) -> io::Result<bool> {
         let mut frames = 0;
         while frames < MAX_TURN
             && let Some(len) = read(&mut self.device, &mut self.frame)?
@@ -293,7 +292,7 @@ impl Worker {
 
     /// Segments and seals a frame from a container. Segments that do not fill a batch are sent with
     /// the next frame, or at the end of the turn.
-    fn handle_frame(&mut self, len: usize, now: u64) -> Result<(), Reason> {
+    fn handle_frame(&mut self, len: usize, now: BootTime) -> Result<(), Reason> {
         let frame = self.frame.get(..len).ok_or(Reason::Malformed)?;
         let (vnet, frame) = frame.split_first_chunk::<VNET_HEADER>().ok_or(Reason::Malformed)?;
         let (ethernet, packet) =
@@ -339,7 +338,7 @@ impl Worker {
     }
 
     /// Receives messages. Returns true if there were any.
-    fn receive_turn(&mut self, now: u64) -> io::Result<bool> {
+    fn receive_turn(&mut self, now: BootTime) -> io::Result<bool> {
         // Messages in the sockets are older than those in an open ring, and newer than those in a
         // closed one.
         let any = if self.ring.is_closed() {
@@ -362,7 +361,7 @@ impl Worker {
     }
 
     /// Returns the number of messages. Fewer than a full turn means that the ring is empty.
-    fn receive_from_ring(&mut self, now: u64) -> usize {
+    fn receive_from_ring(&mut self, now: BootTime) -> usize {
         let mut buffers = std::mem::take(&mut self.received);
         let mut taken = 0;
         if let Some(buffer) = buffers.first_mut() {
@@ -381,11 +380,11 @@ impl Worker {
 
     /// Returns the number of calls that received messages, for the busier address family. Fewer
     /// than a full turn means that the sockets are empty.
-    fn receive_from_sockets(&mut self, now: u64) -> io::Result<usize> {
+    fn receive_from_sockets(&mut self, now: BootTime) -> io::Result<usize> {
         Ok(self.receive(true, now)?.max(self.receive(false, now)?))
     }
 
-    fn receive(&mut self, is_v4: bool, now: u64) -> io::Result<usize> {
+    fn receive(&mut self, is_v4: bool, now: BootTime) -> io::Result<usize> {
         for turn in 0..MAX_TURN {
             let socket = if is_v4 { &self.sockets.v4 } else { &self.sockets.v6 };
             let Some(socket) = socket else { return Ok(0) };
@@ -412,9 +411,7 @@ impl Worker {
                     match self.handle_message(message, &origin, now) {
                         // Only an authenticated message keeps the ring closed, not any large
                         // datagram.
-                        Ok(MessageKind::Data) if !fits => {
-                            self.ring_closed_until = now + RING_CLOSED_NS
-                        }
+                        Ok(MessageKind::Data) if !fits => self.ring_closed_until = now + RING_CLOSED,
                         Ok(_) => {}
                         Err(reason) => self.shared.count_drop(reason),
                     }
@@ -433,7 +430,7 @@ impl Worker {
         &mut self,
         message: &mut [u8],
         origin: &Origin,
-        now: u64,
+        now: BootTime,
     ) -> Result<MessageKind, Reason> {
         if message.first().is_some_and(|kind| (TYPE_INITIATION..=TYPE_COOKIE_REPLY).contains(kind))
         {
@@ -478,7 +475,7 @@ impl Worker {
         &mut self,
         message: &[u8],
         origin: &Origin,
-        now: u64,
+        now: BootTime,
     ) -> Result<(), Reason> {
         let Self { gate, peer_addresses, peers, shared, sockets, .. } = self;
         let is_peer = || {
@@ -486,7 +483,7 @@ impl Worker {
             if *until <= now {
                 let endpoints = peers.values().filter_map(|peer| peer.endpoint.load_full());
                 *addresses = endpoints.map(|endpoint| endpoint.remote.ip()).collect();
-                *until = now + PEER_ADDRESSES_TTL_NS;
+                *until = now + PEER_ADDRESSES_TTL;
             }
             addresses.contains(&origin.remote.ip())
         };
@@ -511,7 +508,7 @@ impl Worker {
     }
 
     /// Sends the hellos that are due to peers whose data arrives.
-    fn send_due_hellos(&mut self, now: u64) {
+    fn send_due_hellos(&mut self, now: BootTime) {
         let Self { owed_hellos, shared, sockets, number, .. } = self;
         owed_hellos.retain(|peer| {
             let is_due = now >= peer.feedback_due();
@@ -533,7 +530,7 @@ pub fn send_hello(
     worker: u8,
     peer: &Peer,
     wants_answer: bool,
-    now: u64,
+    now: BootTime,
 ) -> Result<(), Reason> {
     let session = peer.current.load();
     let session = session.as_ref().ok_or(Reason::NoSession)?;

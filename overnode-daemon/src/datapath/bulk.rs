@@ -16,7 +16,7 @@ use super::interfaces::Link;
 use super::maps::Slots;
 use super::programs::FROM_BULK;
 use super::{Datapath, isolate_interface};
-use overnode_types::InterfaceIndex;
+use overnode_types::{BootTime, InterfaceIndex};
 
 /// Prefix of the device names. The kernel appends a number.
 const PREFIX: &str = "ovnb";
@@ -57,18 +57,18 @@ impl BulkMaps {
         })
     }
 
-    /// Lets the programs pass packets to a worker. `now_ns` is in nanoseconds since boot.
-    pub fn set_worker(&self, worker: u32, ifindex: InterfaceIndex, now_ns: u64) {
+    /// Lets the programs pass packets to a worker.
+    pub fn set_worker(&self, worker: u32, ifindex: InterfaceIndex, now: BootTime) {
         if let Some(cell) = self.workers.at(worker) {
-            cell.alive_ns().store(now_ns, Ordering::Relaxed);
+            cell.alive_ns().store(now.as_nanos(), Ordering::Relaxed);
             cell.ifindex().store(ifindex.get(), Ordering::Release);
         }
     }
 
-    /// Records a worker's heartbeat. `now_ns` is in nanoseconds since boot.
-    pub fn alive(&self, worker: u32, now_ns: u64) {
+    /// Records a worker's heartbeat.
+    pub fn alive(&self, worker: u32, now: BootTime) {
         if let Some(cell) = self.workers.at(worker) {
-            cell.alive_ns().store(now_ns, Ordering::Relaxed);
+            cell.alive_ns().store(now.as_nanos(), Ordering::Relaxed);
         }
     }
 

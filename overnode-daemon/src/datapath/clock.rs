@@ -1,50 +1,51 @@
-//! Converts between the programs' clock (`CLOCK_BOOTTIME`, in nanoseconds) and [`Instant`].
+//! Converts between the programs' clock (`CLOCK_BOOTTIME`) and [`Instant`].
 
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
+use overnode_types::BootTime;
 
-/// Returns the current time of the programs' clock, in nanoseconds since boot.
-pub fn boot_now_ns() -> u64 {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from).as_nanos() as u64
+/// Returns the current time of the programs' clock.
+pub fn boot_now() -> BootTime {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    BootTime::NEVER + now
 }
 
 /// Both clocks, read at the same moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     instant: Instant,
-    boot_ns: u64,
+    boot: BootTime,
 }
 
 impl Clock {
     /// Reads both clocks.
     pub fn now() -> Self {
-        Self { instant: Instant::now(), boot_ns: boot_now_ns() }
+        Self { instant: Instant::now(), boot: boot_now() }
     }
 
-    /// Returns the reading of the programs' clock, in nanoseconds since boot.
-    pub(super) const fn boot_now(self) -> u64 {
-        self.boot_ns
-    }
-
-    /// Converts a time of the programs' clock, in nanoseconds since boot. Returns `None` for 0,
-    /// which means "never".
-    pub fn instant(self, boot_ns: u64) -> Option<Instant> {
-        match boot_ns {
-            0 => None,
-            ns if ns <= self.boot_ns => {
-                self.instant.checked_sub(Duration::from_nanos(self.boot_ns - ns))
-            }
-            ns => self.instant.checked_add(Duration::from_nanos(ns - self.boot_ns)),
+    /// Converts a time of the programs' clock. Returns `None` for [`BootTime::NEVER`].
+    pub fn instant(self, time: BootTime) -> Option<Instant> {
+        if time == BootTime::NEVER {
+            None
+        } else if time <= self.boot {
+            self.instant.checked_sub(self.boot.saturating_duration_since(time))
+        } else {
+            self.instant.checked_add(time.saturating_duration_since(self.boot))
         }
     }
 
-    /// Converts an instant to a time of the programs' clock, in nanoseconds since boot, at least 1.
-    pub fn boot_ns(self, instant: Instant) -> u64 {
-        let nanos = |duration: Duration| duration.as_nanos() as u64;
+    /// Converts an instant to a time of the programs' clock. The result is never
+    /// [`BootTime::NEVER`].
+    pub fn boot_time(self, instant: Instant) -> BootTime {
         match instant.checked_duration_since(self.instant) {
-            Some(ahead) => self.boot_ns.saturating_add(nanos(ahead)),
-            None => self.boot_ns.saturating_sub(nanos(self.instant.duration_since(instant))).max(1),
+            Some(ahead) => self.boot + ahead,
+            None => {
+                let since = self.boot.saturating_duration_since(BootTime::NEVER);
+                let ago = self.instant.duration_since(instant);
+                // One nanosecond after boot is the earliest time that is not `NEVER`.
+                BootTime::NEVER + since.saturating_sub(ago).max(Duration::from_nanos(1))
+            }
         }
     }
 }
@@ -61,8 +62,8 @@ mod tests {
             clock.instant,
             clock.instant + Duration::from_secs(180),
         ] {
-            assert_eq!(clock.instant(clock.boot_ns(instant)), Some(instant));
+            assert_eq!(clock.instant(clock.boot_time(instant)), Some(instant));
         }
-        assert_eq!(clock.instant(0), None);
+        assert_eq!(clock.instant(BootTime::NEVER), None);
     }
 }

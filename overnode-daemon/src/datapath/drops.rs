@@ -5,9 +5,9 @@ use aya::maps::{MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
 use super::Datapath;
-use super::clock::Clock;
+use super::clock::boot_now;
 use crate::monitor::decode::{Seen, record};
-use overnode_types::InterfaceIndex;
+use overnode_types::{BootTime, InterfaceIndex};
 
 /// Maximum number of records returned at a time.
 const BATCH: usize = 64;
@@ -75,10 +75,9 @@ impl Datapath {
         self.maps.set_record_allowance(each)
     }
 
-    /// Returns how long ago a time of the programs' clock was, in milliseconds. `boot_ns` is in
-    /// nanoseconds since boot.
-    pub fn milliseconds_since(&self, boot_ns: u64) -> u64 {
-        Clock::now().boot_now().saturating_sub(boot_ns) / 1_000_000
+    /// Returns how long ago a time of the programs' clock was, in milliseconds.
+    pub fn milliseconds_since(&self, time: BootTime) -> u64 {
+        boot_now().saturating_duration_since(time).as_millis() as u64
     }
 
     /// Returns the name of an interface at which packets enter the programs: a host-side end, an

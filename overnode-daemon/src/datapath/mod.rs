@@ -42,7 +42,7 @@ use tracing::{info, warn};
 pub use self::address::{from_map, to_map};
 pub use self::bpffs::node_name;
 pub use self::bulk::{BulkDevice, BulkMaps};
-pub use self::clock::{Clock, boot_now_ns};
+pub use self::clock::{Clock, boot_now};
 pub use self::drops::Drops;
 pub use self::endpoint::{
     Attached, Attachment, CONTAINER_INTERFACE, EndPlacement, cut, random_mac,

@@ -21,7 +21,7 @@ use super::address::from_map;
 use super::clock::Clock;
 use super::maps::{Cell, Slots};
 use overnode_core::handshake::{REJECT_AFTER_TIME, SessionKeys};
-use overnode_types::{InterfaceIndex, PeerIndex, PublicKey, Secret, SessionIndex};
+use overnode_types::{BootTime, InterfaceIndex, PeerIndex, PublicKey, Secret, SessionIndex};
 
 /// Time that a withdrawn slot keeps its keys. Programs finish in far less. It is half of the second
 /// after which the handshakes reuse a slot.
@@ -118,8 +118,12 @@ impl Datapath {
             peer.sessions.push(SessionState {
                 local_index: SessionIndex::new(session.local_index),
                 remote_index: SessionIndex::new(session.remote_index),
-                created: clock.instant(session.created_ns).unwrap_or_else(Instant::now),
-                expires: clock.instant(session.expires_ns).unwrap_or_else(Instant::now),
+                created: clock
+                    .instant(BootTime::from_nanos(session.created_ns))
+                    .unwrap_or_else(Instant::now),
+                expires: clock
+                    .instant(BootTime::from_nanos(session.expires_ns))
+                    .unwrap_or_else(Instant::now),
                 initiator: session.initiator != 0,
                 confirmed: session.state == SESSION_LIVE,
                 sealing,
@@ -186,7 +190,7 @@ impl Datapath {
             session.state().load(Ordering::Acquire) == SESSION_FREE && session.is_wiped(),
             "session slot {slot} is in use, or was withdrawn a moment ago"
         );
-        let created_ns = Clock::now().boot_ns(keys.created);
+        let created = Clock::now().boot_time(keys.created);
         let mut value = Session {
             state: SESSION_FREE,
             peer: peer.0,
@@ -194,8 +198,8 @@ impl Datapath {
             remote_index: keys.remote_index.get(),
             tx_key: words(&keys.tx_key),
             rx_key: words(&keys.rx_key),
-            created_ns,
-            expires_ns: created_ns.saturating_add(REJECT_AFTER_TIME.as_nanos() as u64),
+            created_ns: created.as_nanos(),
+            expires_ns: (created + REJECT_AFTER_TIME).as_nanos(),
             initiator: keys.initiator.into(),
             tx_counter: 0,
             window: Window::new(),
@@ -328,6 +332,7 @@ fn words(key: &Secret) -> [u32; 8] {
 fn peer_state(index: u32, peer: &Peer, clock: Clock) -> PeerState {
     let remote = from_map(peer.remote);
     let port = u16::from_be(peer.remote_port_be);
+    let instant = |nanos| clock.instant(BootTime::from_nanos(nanos));
     PeerState {
         index: PeerIndex(index),
         public_key: PublicKey(peer.public_key),
@@ -340,10 +345,10 @@ fn peer_state(index: u32, peer: &Peer, clock: Clock) -> PeerState {
         tx_packets: peer.tx_packets,
         rx_bytes: peer.rx_bytes,
         rx_packets: peer.rx_packets,
-        last_sent: clock.instant(peer.last_tx_ns),
-        last_data_sent: clock.instant(peer.last_data_tx_ns),
-        last_received: clock.instant(peer.last_rx_ns),
-        last_data_received: clock.instant(peer.last_data_rx_ns),
+        last_sent: instant(peer.last_tx_ns),
+        last_data_sent: instant(peer.last_data_tx_ns),
+        last_received: instant(peer.last_rx_ns),
+        last_data_received: instant(peer.last_data_rx_ns),
     }
 }
 

@@ -15,7 +15,7 @@ use overnode_ebpf::wire::{
 };
 
 use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
-use overnode_types::{InterfaceIndex, MacAddr, SessionIndex};
+use overnode_types::{BootTime, InterfaceIndex, MacAddr, SessionIndex};
 
 /// EtherType of an IEEE 802.1Q tag inside the packet.
 const ETHERTYPE_VLAN: u16 = 0x8100;
@@ -27,8 +27,8 @@ const UDP: u8 = 17;
 /// A dropped packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// When it was dropped, in nanoseconds since boot (`CLOCK_BOOTTIME`).
-    pub time_ns: u64,
+    /// When it was dropped.
+    pub time: BootTime,
     /// Why it was dropped.
     pub reason: Reason,
     /// The program that dropped it.
@@ -44,7 +44,7 @@ pub struct Seen {
 /// Decodes a program's record ([`overnode_ebpf::map::Dropped`]). Returns `None` if no program of
 /// this version writes such a record.
 pub fn record(bytes: &[u8]) -> Option<Seen> {
-    let (time_ns, rest) = bytes.split_first_chunk()?;
+    let (time, rest) = bytes.split_first_chunk()?;
     let (words, packet) = rest.split_first_chunk::<24>()?;
     let mut words = words.chunks_exact(4).map(|word| word.try_into().map_or(0, u32::from_ne_bytes));
     let (reason, program, ifindex) = (words.next()?, words.next()?, words.next()?);
@@ -77,7 +77,7 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
         headers.vlan = Some(vlan as u16 & VLAN_ID);
     }
     Some(Seen {
-        time_ns: u64::from_ne_bytes(*time_ns),
+        time: BootTime::from_nanos(u64::from_ne_bytes(*time)),
         reason,
         program,
         ifindex: InterfaceIndex::from_kernel(ifindex),

@@ -505,7 +505,7 @@ async fn collect(link: &WorkersConnection) -> Option<(FromWorkers, Vec<FromWorke
 }
 
 fn install(peer: PeerIndex, session: &SessionKeys, clock: Clock) -> ToWorkers {
-    let created_ns = clock.boot_ns(session.created);
+    let created_ns = clock.boot_time(session.created);
     let Secret(tx) = &session.tx_key;
     let Secret(rx) = &session.rx_key;
     ToWorkers::Install(Keys {
@@ -515,7 +515,7 @@ fn install(peer: PeerIndex, session: &SessionKeys, clock: Clock) -> ToWorkers {
         tx: *tx,
         rx: *rx,
         created_ns,
-        expires_ns: created_ns.saturating_add(REJECT_AFTER_TIME.as_nanos() as u64),
+        expires_ns: created_ns + REJECT_AFTER_TIME,
         is_initiator: session.initiator,
     })
 }

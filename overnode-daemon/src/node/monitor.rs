@@ -149,7 +149,7 @@ impl Monitor {
             if let Some(tally) = tallies.and_then(|it| it.get_mut(seen.reason.as_str())) {
                 tally.shown += 1;
             }
-            let at = now.saturating_sub(view.data.datapath.milliseconds_since(seen.time_ns));
+            let at = now.saturating_sub(view.data.datapath.milliseconds_since(seen.time));
             let dropped = view.dropped(seen, &attachments);
             self.hub.tell_of(at, EventKind::Drop(Box::new(dropped)));
         }

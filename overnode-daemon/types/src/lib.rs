@@ -1,5 +1,6 @@
 //! Basic types that all parts of overnode share. No I/O.
 
+mod boot;
 mod index;
 mod mac;
 pub mod name;
@@ -14,6 +15,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+pub use boot::BootTime;
 pub use index::{InterfaceIndex, SessionIndex};
 pub use mac::{BadMacAddr, MacAddr};
 

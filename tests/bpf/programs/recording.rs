@@ -42,12 +42,12 @@ fn recorded(world: &mut World) -> Vec<Vec<u8>> {
 fn only(world: &mut World, reason: Reason, program: Program, frame: &[u8]) -> Headers {
     let entries = recorded(world);
     assert_eq!(entries.len(), 1, "one record");
-    let Seen { time_ns, headers, .. } =
+    let Seen { time, headers, .. } =
         record(&entries[0]).expect("a record that the daemon can parse");
     let (ifindex, len) = (InterfaceIndex::from_kernel(IFINDEX), frame.len() as u32);
-    let expected = Seen { time_ns, reason, program, ifindex, len, headers };
+    let expected = Seen { time, reason, program, ifindex, len, headers };
     assert_eq!(record(&entries[0]), Some(expected.clone()));
-    let now = boot_ns();
+    let (now, time_ns) = (boot_ns(), time.as_nanos());
     assert!(time_ns <= now && now - time_ns < 60_000_000_000, "{time_ns} is not now, {now}");
     // The frame starts with the destination MAC, which a program may have overwritten.
     let captured = frame.len().min(DROPPED_LEN);

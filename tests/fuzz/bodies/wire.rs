@@ -9,7 +9,7 @@ use overnode_daemon::bulk::control::Keys;
 use overnode_daemon::bulk::message::{HEADER_LEN, Header, Hello};
 use overnode_daemon::bulk::session::Session;
 use overnode_ebpf::wire::Relay;
-use overnode_types::{NodeId, SessionIndex};
+use overnode_types::{BootTime, NodeId, SessionIndex};
 
 use super::input::Input;
 
@@ -53,7 +53,7 @@ fn bulk(bytes: &[u8]) {
     if let Some(header) = Header::from_message(bytes) {
         assert_eq!(header.to_bytes(), bytes[..HEADER_LEN]);
         let _ = session()
-            .open(&header, &mut bytes.to_vec(), 0)
+            .open(&header, &mut bytes.to_vec(), BootTime::NEVER)
             .expect_err("a message opened without its keys");
     }
     if let Some(hello) = Hello::from_plaintext(bytes) {
@@ -68,8 +68,8 @@ fn session() -> Session {
         remote_index: SessionIndex::new(2),
         tx: [1; 32],
         rx: [2; 32],
-        created_ns: 0,
-        expires_ns: 1,
+        created_ns: BootTime::NEVER,
+        expires_ns: BootTime::from_nanos(1),
         is_initiator: true,
     })
 }

@@ -55,7 +55,7 @@ fn a_packet_from_a_container_is_decoded() {
     let packet = frame(ETHERTYPE_IPV4, &v4(6, &udp(5000, 80, SECRET)));
     let seen = seen(Reason::Spoofed, PROGRAM_FROM_CONTAINER, &packet);
     assert_eq!(
-        (seen.time_ns, seen.reason, seen.ifindex, seen.len),
+        (seen.time.as_nanos(), seen.reason, seen.ifindex, seen.len),
         (7, Reason::Spoofed, Some(InterfaceIndex::new(3)), 1500)
     );
     let inner = seen.headers.inner.clone().unwrap();
