@@ -62,7 +62,7 @@ use self::interfaces::Netlink;
 use self::maps::{Maps, pinned_mismatches};
 use self::offload_veth::OffloadVeth;
 use self::programs::{FROM_CONTAINER, FROM_UNDERLAY, Programs, SEAL, TO_CONTAINER};
-use self::routes::{Change, RouteTable, difference};
+use self::routes::{Change, Destination, RouteTable, difference};
 use self::underlay::Underlay;
 use crate::failpoint;
 use overnode_core::handshake::mac1_state;
@@ -110,6 +110,7 @@ pub struct Datapath {
     pins: Pins,
     offload_veth: OffloadVeth,
     routes: RouteTable,
+    /// Contents of `ROUTES`, also entries that this version cannot read.
     installed: BTreeMap<IpNet, Route>,
     underlay: Underlay,
     /// Interface index of each host-side veth end, by name.
@@ -315,13 +316,16 @@ impl Datapath {
         self.try_routes(&wanted).or_else(|_| self.try_routes(&wanted))
     }
 
-    fn try_routes(&mut self, wanted: &BTreeMap<IpNet, Route>) -> Result<()> {
+    fn try_routes(&mut self, wanted: &BTreeMap<IpNet, Destination>) -> Result<()> {
         let mut result = Ok(());
         for change in difference(&self.installed, wanted) {
             let changed = match change {
-                Change::Put(prefix, route) => self.maps.set_route(prefix, route).map(|()| {
-                    self.installed.insert(prefix, route);
-                }),
+                Change::Put(prefix, destination) => {
+                    let route = Route::from(destination);
+                    self.maps.set_route(prefix, route).map(|()| {
+                        self.installed.insert(prefix, route);
+                    })
+                }
                 Change::Delete(prefix) => self.maps.remove_route(prefix).map(|()| {
                     self.installed.remove(&prefix);
                 }),

@@ -96,7 +96,7 @@ impl Datapath {
             .map(|link| link.index)
             .collect();
         let of_routes: Vec<InterfaceIndex> =
-            self.routes.local().values().map(|route| InterfaceIndex::new(route.target)).collect();
+            self.routes.local().values().map(|end| end.ifindex).collect();
         for ifindex in
             in_map.keys().copied().chain(of_routes).filter(|ifindex| !in_use.contains(ifindex))
         {
