@@ -8,6 +8,26 @@ use std::time::{Duration, Instant};
 /// Sweeps are at least one second apart.
 const MAX_SOURCES: usize = 16384;
 
+/// A limit for arrivals that share one rate.
+#[derive(Debug)]
+pub struct Limit {
+    interval: Duration,
+    burst: u32,
+    empty_at: Option<Instant>,
+}
+
+impl Limit {
+    /// Allows one arrival per `interval` on average, and bursts of `burst`, which is at least 1.
+    pub const fn new(interval: Duration, burst: u32) -> Self {
+        Self { interval, burst, empty_at: None }
+    }
+
+    /// Counts an arrival. Returns false if it exceeds the limit.
+    pub fn allow(&mut self, now: Instant) -> bool {
+        pour(self.empty_at.get_or_insert(now), self.interval, self.burst, now)
+    }
+}
+
 /// A leaky bucket per source, stored as the time at which the bucket will be empty.
 #[derive(Debug)]
 pub struct Sources {
@@ -33,12 +53,7 @@ impl Sources {
                 return false;
             }
         }
-        let empty_at = self.empty_at.entry(source).or_insert(now);
-        if empty_at.saturating_duration_since(now) > self.interval * (self.burst - 1) {
-            return false;
-        }
-        *empty_at = (*empty_at).max(now) + self.interval;
-        true
+        pour(self.empty_at.entry(source).or_insert(now), self.interval, self.burst, now)
     }
 
     fn sweep(&mut self, now: Instant) {
@@ -50,6 +65,15 @@ impl Sources {
             self.empty_at.retain(|_, empty_at| *empty_at > now);
         }
     }
+}
+
+/// Adds an arrival to a leaky bucket. Returns false if the bucket is full.
+fn pour(empty_at: &mut Instant, interval: Duration, burst: u32, now: Instant) -> bool {
+    if empty_at.saturating_duration_since(now) > interval * (burst - 1) {
+        return false;
+    }
+    *empty_at = (*empty_at).max(now) + interval;
+    true
 }
 
 /// Returns the source that an address counts for: an IPv4 address itself, or the /64 of an IPv6

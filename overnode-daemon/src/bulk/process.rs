@@ -266,7 +266,11 @@ impl Process {
             self.daemon.as_ref().map(|daemon| PollFd::new(daemon.as_fd(), PollFlags::POLLIN)),
         );
         let now = boot_now();
-        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) { BUSY_INTERVAL } else { IDLE_INTERVAL };
+        let timeout = if self.peers.values().any(|peer| peer.is_busy(now)) {
+            BUSY_INTERVAL
+        } else {
+            IDLE_INTERVAL
+        };
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),

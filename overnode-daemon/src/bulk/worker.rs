@@ -411,7 +411,9 @@ impl Worker {
                     match self.handle_message(message, &origin, now) {
                         // Only an authenticated message keeps the ring closed, not any large
                         // datagram.
-                        Ok(MessageKind::Data) if !fits => self.ring_closed_until = now + RING_CLOSED,
+                        Ok(MessageKind::Data) if !fits => {
+                            self.ring_closed_until = now + RING_CLOSED
+                        }
                         Ok(_) => {}
                         Err(reason) => self.shared.count_drop(reason),
                     }
@@ -487,7 +489,7 @@ impl Worker {
             }
             addresses.contains(&origin.remote.ip())
         };
-        match gate.judge(Instant::now(), origin.remote, message, is_peer) {
+        match gate.judge(Instant::now(), origin.remote.into(), message, is_peer) {
             Judgment::Admit(_) => {
                 let (from, to) = (origin.remote, origin.local);
                 shared.queue_event(FromWorkers::Received { from, to, bytes: message.to_vec() });

@@ -337,7 +337,7 @@ impl BulkPath {
             FromWorkers::State { speeds, .. } => self.speeds = speeds,
             FromWorkers::Session { .. } | FromWorkers::Ready => {}
             FromWorkers::Received { from, to, bytes } => {
-                self.handshakes.handle_datagram(now, from, &bytes);
+                self.handshakes.handle_datagram(now, from.into(), &bytes);
                 self.pump(to.map(|to| (from, to)));
             }
             FromWorkers::Confirmed { peer, local_index } => {
@@ -474,9 +474,10 @@ impl BulkPath {
             }
         }
         while let Some(transmit) = self.handshakes.poll_transmit() {
-            let from =
-                answering.filter(|(sender, _)| *sender == transmit.to).map(|(_, address)| address);
-            self.send(&ToWorkers::Send { to: transmit.to, from, bytes: transmit.bytes });
+            // Bulk messages are never relayed.
+            let Some(to) = transmit.to.direct() else { continue };
+            let from = answering.filter(|(sender, _)| *sender == to).map(|(_, address)| address);
+            self.send(&ToWorkers::Send { to, from, bytes: transmit.bytes });
         }
     }
 

@@ -125,7 +125,7 @@ impl Node {
                 self.data.handle_datagram(&datagram, now).await;
                 self.pump_handshakes(now, Some((datagram.from, datagram.to))).await;
             }
-            Input::Reply(reply) => _ = self.data.send_relayed(&reply).await,
+            Input::Reply(reply) => self.data.send_relayed(&reply).await,
             Input::Drops(drops) => self.monitor.handle_drops(drops, view!(self)),
             Input::Probe(probe) => {
                 if self.data.handle_probe(&probe, now) {

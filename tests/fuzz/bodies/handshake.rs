@@ -139,9 +139,9 @@ impl World {
     fn deliver(&mut self, to: usize, from: SocketAddr, bytes: &[u8]) {
         let before = self.counted(to);
         let is_peer = || from == address(1 - to);
-        let replied = match self.gates[to].judge(self.now, from, bytes, is_peer) {
+        let replied = match self.gates[to].judge(self.now, from.into(), bytes, is_peer) {
             Judgment::Admit(_) => {
-                self.nodes[to].handle_datagram(self.now, from, bytes);
+                self.nodes[to].handle_datagram(self.now, from.into(), bytes);
                 0
             }
             Judgment::Reply(reply) => {

@@ -1,7 +1,7 @@
 //! Protects against denial of service (whitepaper sections 5.3 and 5.4.7): the two MACs, cookies
 //! under load, and a rate limit per source address.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use blake2::digest::consts::U16;
@@ -13,8 +13,9 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use zeroize::Zeroize;
 
+use super::PeerAddress;
 use super::message::{self, CookieReply, MAC_LEN, Macs};
-use crate::sources::Sources;
+use crate::sources::{Limit, Sources};
 use overnode_types::{PublicKey, SessionIndex};
 
 /// Lifetime of a cookie, and of the secret that cookies are made from.
@@ -56,6 +57,8 @@ pub struct LoadGuard {
     nodes: Sources,
     /// Sources that send from other ports.
     others: Sources,
+    /// All nodes behind relays together, since their addresses are unknown.
+    relayed: Limit,
 }
 
 /// Classes of messages that do not compete with each other. A flood in one class leaves the others
@@ -96,6 +99,7 @@ impl LoadGuard {
             port,
             nodes: sources(),
             others: sources(),
+            relayed: Limit::new(SOURCE_INTERVAL, SOURCE_BURST),
         }
     }
 
@@ -112,7 +116,7 @@ impl LoadGuard {
         &mut self,
         macs: &Macs<'_>,
         sender: SessionIndex,
-        from: SocketAddr,
+        from: PeerAddress,
         class: impl FnOnce() -> Class,
         now: Instant,
         rng: &mut StdRng,
@@ -142,24 +146,40 @@ impl LoadGuard {
             };
         }
         let is_full = class == Class::Stranger && load.admitted >= STRANGERS_ADMITTED;
-        // The cookie proves both address and port.
-        let sources = if from.port() == self.port { &mut self.nodes } else { &mut self.others };
-        if is_full || !sources.allow(from.ip(), now) {
+        if is_full || !self.allow(from, now) {
             return Verdict::Limited;
         }
+        let load = &mut self.loads[class as usize];
         load.admitted += 1;
         Verdict::Process
     }
 
-    fn cookie(&mut self, from: SocketAddr, now: Instant, rng: &mut StdRng) -> Cookie {
+    /// Counts a message with a valid cookie. Returns false if its source has used up its allowance.
+    fn allow(&mut self, from: PeerAddress, now: Instant) -> bool {
+        match from {
+            // The cookie proves both address and port.
+            PeerAddress::Direct(from) if from.port() == self.port => {
+                self.nodes.allow(from.ip(), now)
+            }
+            PeerAddress::Direct(from) => self.others.allow(from.ip(), now),
+            PeerAddress::Relayed(_) => self.relayed.allow(now),
+        }
+    }
+
+    fn cookie(&mut self, from: PeerAddress, now: Instant, rng: &mut StdRng) -> Cookie {
         if self.secret_until.is_none_or(|until| until <= now) {
             rng.fill(&mut self.secret);
             self.secret_until = Some(now + COOKIE_LIFETIME);
         }
-        let port = from.port().to_be_bytes();
-        match from.ip() {
-            IpAddr::V4(v4) => mac(&self.secret, &[&v4.octets(), &port]),
-            IpAddr::V6(v6) => mac(&self.secret, &[&v6.octets(), &port]),
+        // The three inputs differ in length, so a cookie of one kind is never valid for another.
+        match from {
+            PeerAddress::Direct(SocketAddr::V4(v4)) => {
+                mac(&self.secret, &[&v4.ip().octets(), &v4.port().to_be_bytes()])
+            }
+            PeerAddress::Direct(SocketAddr::V6(v6)) => {
+                mac(&self.secret, &[&v6.ip().octets(), &v6.port().to_be_bytes()])
+            }
+            PeerAddress::Relayed(node) => mac(&self.secret, &[&node.get().to_be_bytes()]),
         }
     }
 }
@@ -284,13 +304,14 @@ mod tests {
     use rand::SeedableRng;
 
     use super::*;
+    use overnode_types::NodeId;
 
     const KEY: PublicKey = PublicKey([7; 32]);
     /// The port that nodes send from.
     const PORT: u16 = 6784;
 
-    fn from(port: u16) -> SocketAddr {
-        SocketAddr::from(([192, 0, 2, 1], port))
+    fn from(port: u16) -> PeerAddress {
+        PeerAddress::Direct(([192, 0, 2, 1], port).into())
     }
 
     fn sealed(jar: &mut CookieJar, now: Instant) -> Vec<u8> {
@@ -303,7 +324,7 @@ mod tests {
     fn judge(
         guard: &mut LoadGuard,
         bytes: &[u8],
-        from: SocketAddr,
+        from: PeerAddress,
         now: Instant,
         rng: &mut StdRng,
     ) -> Verdict {
@@ -361,7 +382,13 @@ mod tests {
         let bytes = sealed(&mut jar, now);
         assert_eq!(judge(&mut guard, &bytes, from(1), now, &mut rng), Verdict::Process);
         cookie(judge(&mut guard, &bytes, from(2), now, &mut rng));
-        cookie(judge(&mut guard, &bytes, SocketAddr::from(([192, 0, 2, 2], 1)), now, &mut rng));
+        cookie(judge(
+            &mut guard,
+            &bytes,
+            PeerAddress::Direct(([192, 0, 2, 2], 1).into()),
+            now,
+            &mut rng,
+        ));
         let later = now + COOKIE_LIFETIME;
         cookie(judge(&mut guard, &bytes, from(1), later, &mut rng));
         let bytes = sealed(&mut jar, later);
@@ -382,6 +409,29 @@ mod tests {
         cookie(judge(10));
         cookie(judge(1009));
         assert_eq!(judge(1010), Verdict::Process);
+    }
+
+    #[test]
+    fn nodes_behind_relays_need_their_own_cookies_and_share_one_limit() {
+        let (mut guard, mut rng) = (LoadGuard::new(&KEY, PORT), StdRng::seed_from_u64(1));
+        let now = Instant::now();
+        guard.set_threshold(0);
+        let node = |id| PeerAddress::Relayed(NodeId::new(id).unwrap());
+        let mut jars = [1, 2].map(|id| {
+            let mut jar = CookieJar::new(&KEY);
+            let bytes = sealed(&mut jar, now);
+            let reply = cookie(judge(&mut guard, &bytes, node(id), now, &mut rng));
+            let Ok(message::Message::CookieReply(reply)) = message::parse(&reply) else { panic!() };
+            assert!(jar.put(&reply, now));
+            jar
+        });
+        let bytes = sealed(&mut jars[0], now);
+        cookie(judge(&mut guard, &bytes, node(2), now, &mut rng));
+        for _ in 0..SOURCE_BURST {
+            assert_eq!(judge(&mut guard, &bytes, node(1), now, &mut rng), Verdict::Process);
+        }
+        let bytes = sealed(&mut jars[1], now);
+        assert_eq!(judge(&mut guard, &bytes, node(2), now, &mut rng), Verdict::Limited);
     }
 
     #[test]
@@ -413,7 +463,7 @@ mod tests {
         let mut admitted = 0;
         for number in 0..1_000_u32 {
             let (mut jar, from) =
-                (CookieJar::new(&KEY), SocketAddr::from((number.to_be_bytes(), 1)));
+                (CookieJar::new(&KEY), PeerAddress::Direct((number.to_be_bytes(), 1).into()));
             let mut judge = |bytes: &[u8]| {
                 let Ok(message::Message::Initiation(parsed)) = message::parse(bytes) else {
                     panic!()

@@ -6,7 +6,6 @@
 //! [handshakes](super::Handshakes): the receiver indices for which this side awaits an answer. It
 //! does no I/O and reads no clock.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -15,9 +14,9 @@ use overnode_ebpf::map::SESSION_SLOTS;
 use overnode_ebpf::reason::Reason;
 use rand::rngs::StdRng;
 
-use super::Counters;
 use super::cookie::{Class, LoadGuard, Verdict};
 use super::message::{self, BadMessage, Message};
+use super::{Counters, PeerAddress};
 use overnode_types::{PublicKey, SessionIndex};
 
 /// Judges datagrams.
@@ -60,7 +59,7 @@ impl Gate {
     pub fn judge(
         &mut self,
         now: Instant,
-        from: SocketAddr,
+        from: PeerAddress,
         bytes: &[u8],
         is_peer: impl FnOnce() -> bool,
     ) -> Judgment {
@@ -196,8 +195,8 @@ mod tests {
         Gate::new(&OWN, DATA_PORT, Awaited::default(), StdRng::seed_from_u64(1))
     }
 
-    fn from() -> SocketAddr {
-        ([192, 0, 2, 1], 6784).into()
+    fn from() -> PeerAddress {
+        PeerAddress::Direct(([192, 0, 2, 1], 6784).into())
     }
 
     fn response(receiver: SessionIndex, now: Instant) -> Vec<u8> {

@@ -18,6 +18,7 @@
 //! Any input from the network may be hostile. No input can make this module panic, allocate without
 //! bound, or do more than a bounded amount of work.
 
+mod address;
 mod cookie;
 pub mod gate;
 mod index;
@@ -37,6 +38,7 @@ use overnode_ebpf::wire::DATA_PORT;
 use rand::Rng;
 use rand::rngs::StdRng;
 
+pub use self::address::PeerAddress;
 pub use self::cookie::mac1_state;
 use self::gate::{Awaited, Gate};
 use self::index::Slots;
@@ -102,8 +104,8 @@ impl Initiate {
 /// A datagram to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transmit {
-    /// Destination address.
-    pub to: SocketAddr,
+    /// Destination.
+    pub to: PeerAddress,
     /// The peer that it is for. `None` for a cookie reply, because the sender of the answered
     /// message is not known.
     pub peer: Option<PeerIndex>,
@@ -136,7 +138,8 @@ pub enum Event {
     },
     /// The peer sent a valid handshake message from another address: send its data there. Not
     /// emitted for an initiation that might be a replay from before this daemon started. In that
-    /// case, the programs follow the source of the peer's data.
+    /// case, the programs follow the source of the peer's data. Not emitted for a relayed message,
+    /// which does not reveal its sender's address.
     EndpointChanged {
         /// The peer.
         peer: PeerIndex,
@@ -225,8 +228,8 @@ pub struct InheritedSession {
 /// The state of a peer's handshakes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerView {
-    /// Endpoint that messages are sent to.
-    pub endpoint: Option<SocketAddr>,
+    /// Where messages are sent to.
+    pub endpoint: Option<PeerAddress>,
     /// When the sealing session was established.
     pub last_handshake: Option<Instant>,
     /// Whether an initiation awaits its response.
@@ -348,7 +351,7 @@ impl Handshakes {
         let Some(peer) = self.peers.get_mut(&index) else { return };
         let moved = config.endpoint.is_some() && config.endpoint != peer.config.endpoint;
         if moved {
-            peer.endpoint = config.endpoint;
+            peer.endpoint = config.endpoint.map(PeerAddress::Direct);
         }
         if config.preshared_key != peer.config.preshared_key
             && let Some(pending) = peer.pending.take()
@@ -383,7 +386,7 @@ impl Handshakes {
     /// Tries a peer that does not answer at another of its addresses.
     pub fn set_endpoint(&mut self, index: PeerIndex, endpoint: SocketAddr) {
         if let Some(peer) = self.peers.get_mut(&index) {
-            peer.endpoint = Some(endpoint);
+            peer.endpoint = Some(endpoint.into());
             peer.reset_attempts();
             self.schedule(index);
         }
@@ -409,7 +412,7 @@ impl Handshakes {
 
     /// Handles a UDP payload that a [`Gate`] has admitted. Apart from the gate's checks, the
     /// content is untrusted.
-    pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+    pub fn handle_datagram(&mut self, now: Instant, from: PeerAddress, bytes: &[u8]) {
         match message::parse(bytes) {
             Ok(Message::Initiation(initiation)) => self.handle_initiation(now, from, &initiation),
             Ok(Message::Response(response)) => self.handle_response(now, from, &response),
@@ -497,7 +500,7 @@ impl Handshakes {
         self.slots.used()
     }
 
-    fn handle_initiation(&mut self, now: Instant, from: SocketAddr, initiation: &Initiation<'_>) {
+    fn handle_initiation(&mut self, now: Instant, from: PeerAddress, initiation: &Initiation<'_>) {
         let ephemeral = Secret(self.rng.random());
         let Ok(received) = self.identity.receive(ephemeral, initiation.noise) else {
             self.counters.forged += 1;
@@ -553,7 +556,7 @@ impl Handshakes {
         self.install(index, session, now);
     }
 
-    fn handle_response(&mut self, now: Instant, from: SocketAddr, response: &Response<'_>) {
+    fn handle_response(&mut self, now: Instant, from: PeerAddress, response: &Response<'_>) {
         let waits =
             |peer: &Peer| peer.pending.as_ref().is_some_and(|p| p.local_index == response.receiver);
         let owner = self.slots.owner(response.receiver);
@@ -659,9 +662,11 @@ impl Handshakes {
         }
     }
 
-    fn follow(&mut self, index: PeerIndex, endpoint: SocketAddr) {
+    fn follow(&mut self, index: PeerIndex, from: PeerAddress) {
         let Some(peer) = self.peers.get_mut(&index) else { return };
-        if peer.endpoint.replace(endpoint) != Some(endpoint) {
+        if peer.endpoint.replace(from) != Some(from)
+            && let PeerAddress::Direct(endpoint) = from
+        {
             self.events.push_back(Event::EndpointChanged { peer: index, endpoint });
         }
     }

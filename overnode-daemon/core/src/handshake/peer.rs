@@ -1,6 +1,5 @@
 //! Holds the state of one peer: its sessions, the handshake in progress, and its next deadline.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::cookie::CookieJar;
@@ -9,7 +8,7 @@ use super::timers::{
     CONFIRM_AGAIN, GREATEST_BACKOFF, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME,
     REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONDER_REKEY_DELAY,
 };
-use super::{Activity, Initiate, PeerConfig};
+use super::{Activity, Initiate, PeerAddress, PeerConfig};
 use overnode_types::SessionIndex;
 
 /// Number of sessions kept besides the current and the next one. The whitepaper keeps one. A second
@@ -78,7 +77,7 @@ pub struct Peer {
     pub config: PeerConfig,
     pub jar: CookieJar,
     /// Where to send. Follows the peer when it roams.
-    pub endpoint: Option<SocketAddr>,
+    pub endpoint: Option<PeerAddress>,
     /// The session that seals.
     pub current: Option<Session>,
     /// A session that we answered and the peer has not yet confirmed.
@@ -113,7 +112,7 @@ impl Peer {
     pub fn new(config: PeerConfig, now: Instant) -> Self {
         Self {
             jar: CookieJar::new(&config.public_key),
-            endpoint: config.endpoint,
+            endpoint: config.endpoint.map(PeerAddress::Direct),
             current: None,
             next: None,
             previous: Vec::new(),
@@ -266,7 +265,7 @@ impl Peer {
         self.unanswered = open_since(self.unanswered, activity.last_data_sent, self.last_received);
         self.unacknowledged_since =
             open_since(self.unacknowledged_since, activity.last_data_received, self.last_sent);
-        self.endpoint = activity.endpoint.or(self.endpoint);
+        self.endpoint = activity.endpoint.map(PeerAddress::Direct).or(self.endpoint);
     }
 
     /// Forgets that attempts failed.

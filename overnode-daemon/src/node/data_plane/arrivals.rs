@@ -2,18 +2,16 @@
 //! each one, so a flood costs only that thread's time.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use overnode_ebpf::wire::{Relay, TYPE_RELAY};
 use tokio::sync::mpsc;
 
-use super::paths::stand_in;
 use crate::net::known::Known;
 use crate::net::udp::{Received, Reception, UdpSockets};
 use overnode_core::handshake::gate::{Gate, Judgment, Priority};
-use overnode_core::handshake::{Counters, Transmit};
+use overnode_core::handshake::{Counters, PeerAddress, Transmit};
 use overnode_types::NodeId;
 
 /// Queue length for datagrams from addresses where nodes are expected.
@@ -74,7 +72,7 @@ impl Intake {
             return None;
         }
         let is_known = || self.known.has(datagram.from.ip());
-        match self.gate.judge(now, datagram.from, datagram.bytes, is_known) {
+        match self.gate.judge(now, datagram.from.into(), datagram.bytes, is_known) {
             Judgment::Admit(priority) => self.queue(datagram, priority),
             Judgment::Reply(reply) => return Some(reply),
             Judgment::Drop(_) => {}
@@ -91,7 +89,7 @@ impl Intake {
         let Some((source, message)) = source.filter(|_| self.known.has(datagram.from.ip())) else {
             return self.gate.refused_relay();
         };
-        let from: SocketAddr = stand_in(source);
+        let from = PeerAddress::Relayed(source);
         match self.gate.judge(now, from, message, || true) {
             Judgment::Admit(priority) => self.queue(datagram, priority),
             Judgment::Reply(bytes) => {
@@ -115,6 +113,8 @@ impl Intake {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use rand::SeedableRng;
     use rand::rngs::StdRng;
 
@@ -164,7 +164,8 @@ mod tests {
     impl World {
         fn handle(&mut self, from: SocketAddr, bytes: &[u8]) -> Option<Vec<u8>> {
             let to = [192, 0, 2, 77].into();
-            self.intake.handle(self.now, &Received { from, to, ifindex: InterfaceIndex::new(1), bytes })
+            self.intake
+                .handle(self.now, &Received { from, to, ifindex: InterfaceIndex::new(1), bytes })
         }
 
         fn counters(&self) -> Counters {
@@ -213,6 +214,7 @@ mod tests {
         let relay = Relay { hops: 1, destination: OWN, source: 3, previous: 1 };
         assert_eq!(world.handle(from(1), &[&relay.to_bytes()[..], &initiation].concat()), None);
         let reply = world.replies.try_recv().unwrap();
-        assert_eq!((reply.to, reply.bytes.len()), (stand_in(NodeId::new(3).unwrap()), 64));
+        let source = NodeId::new(3).unwrap();
+        assert_eq!((reply.to, reply.bytes.len()), (PeerAddress::Relayed(source), 64));
     }
 }

@@ -35,7 +35,7 @@ use overnode_core::path::Paths;
 use overnode_core::routing::Routing;
 use overnode_types::{NodeId, PeerIndex, PublicKey, Secret};
 
-use paths::{RelayRoutes, stood_for};
+use paths::RelayRoutes;
 
 /// How long a handshake is tried at one address of a peer before the next address is tried.
 const TRY_NEXT_AFTER: Duration = Duration::from_secs(7);
@@ -382,7 +382,7 @@ impl DataPlane {
             let Some(unwrapped) = self.unwrap_relayed(&datagram.bytes) else { return };
             unwrapped
         } else {
-            (datagram.from, &datagram.bytes[..])
+            (datagram.from.into(), &datagram.bytes[..])
         };
         self.handshakes.handle_datagram(now, from, message);
         if authenticated(self) != before {
@@ -396,13 +396,11 @@ impl DataPlane {
     /// the datagram that is answered. The answer is sent from that destination address, because a
     /// firewall on the path accepts no other source.
     pub(super) async fn send(&self, transmit: &Transmit, answering: Option<(SocketAddr, IpAddr)>) {
-        if self.send_relayed(transmit).await {
-            return;
-        }
-        let from =
-            answering.filter(|(sender, _)| *sender == transmit.to).map(|(_, address)| address);
-        if let Err(error) = self.udp.send(transmit.to, from, &transmit.bytes).await {
-            tracing::debug!("a handshake message to {} was not sent: {error}", transmit.to);
+        self.send_relayed(transmit).await;
+        let Some(to) = transmit.to.direct() else { return };
+        let from = answering.filter(|(sender, _)| *sender == to).map(|(_, address)| address);
+        if let Err(error) = self.udp.send(to, from, &transmit.bytes).await {
+            tracing::debug!("a handshake message to {to} was not sent: {error}");
         }
     }
 
@@ -426,8 +424,6 @@ impl DataPlane {
                 self.datapath.withdraw_session(peer, local_index)?
             }
             Event::SendKeepalive { peer } => self.datapath.keepalive(peer).await?,
-            // A relayed message does not reveal its sender's address.
-            Event::EndpointChanged { endpoint, .. } if stood_for(endpoint).is_some() => {}
             Event::EndpointChanged { peer, endpoint } => {
                 let Some(known) = self.peers.get_mut(&peer) else { return Ok(()) };
                 known.prefer(endpoint);

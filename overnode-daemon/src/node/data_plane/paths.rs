@@ -2,7 +2,6 @@
 //! shows which relays exist, and the result is applied to the data plane.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use overnode_ebpf::wire::{RELAY_HOPS, Relay};
@@ -11,7 +10,7 @@ use super::{DataPlane, Effect, PeerEvent};
 use crate::api::Path;
 use crate::datapath::Probe;
 use overnode_core::gossip::Gossip;
-use overnode_core::handshake::Transmit;
+use overnode_core::handshake::{PeerAddress, Transmit};
 use overnode_core::path::route::{self, Graph, Route};
 use overnode_core::path::{Action, PathState};
 use overnode_types::{NodeId, PeerIndex};
@@ -227,12 +226,11 @@ impl DataPlane {
         since.is_none_or(|since| now < *since + GRACE)
     }
 
-    /// Removes the relay header from a handshake message. Returns the message and an address that
-    /// stands for its sender.
+    /// Removes the relay header from a handshake message. Returns the sender and the message.
     pub(super) fn unwrap_relayed<'a>(
         &mut self,
         datagram: &'a [u8],
-    ) -> Option<(SocketAddr, &'a [u8])> {
+    ) -> Option<(PeerAddress, &'a [u8])> {
         let (relay, message) = Relay::split(datagram)?;
         let source = NodeId::new(relay.source).ok()?;
         let previous = NodeId::new(relay.previous).ok()?;
@@ -242,18 +240,17 @@ impl DataPlane {
             return None;
         }
         self.relay_routes.last_relay.insert(source, previous);
-        Some((stand_in(source), message))
+        Some((PeerAddress::Relayed(source), message))
     }
 
     /// Sends a handshake message through a relay if its peer is behind one, or if it answers a
-    /// relayed message. Returns true if the destination is a stand-in address, so that the message
-    /// cannot also be sent directly.
-    pub(in crate::node) async fn send_relayed(&self, transmit: &Transmit) -> bool {
-        let stood_for = stood_for(transmit.to);
-        let node = stood_for.or_else(|| transmit.peer.and_then(PeerIndex::node));
+    /// relayed message.
+    pub(in crate::node) async fn send_relayed(&self, transmit: &Transmit) {
+        let relayed = transmit.to.relayed();
+        let node = relayed.or_else(|| transmit.peer.and_then(PeerIndex::node));
         let relay = node.and_then(|id| match self.relay_routes.routes.get(&id) {
             Some(Route::Via { relay, .. }) => Some(*relay),
-            _ => stood_for.and_then(|_| self.relay_routes.last_relay.get(&id).copied()),
+            _ => relayed.and_then(|_| self.relay_routes.last_relay.get(&id).copied()),
         });
         if let (Some(node), Some(relay)) = (node, relay) {
             let address =
@@ -270,7 +267,6 @@ impl DataPlane {
                 );
             }
         }
-        stood_for.is_some()
     }
 }
 
@@ -283,37 +279,9 @@ pub(in crate::node) fn path_of(route: Route) -> Option<Path> {
     }
 }
 
-/// Returns the address that stands for a node whose messages are relayed. It is in the discard-only
-/// prefix (RFC 6666).
-pub(super) fn stand_in(id: NodeId) -> SocketAddr {
-    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, id.get())), 0)
-}
-
-/// Returns the node that an address stands for, if any.
-pub(super) fn stood_for(address: SocketAddr) -> Option<NodeId> {
-    match address {
-        SocketAddr::V6(v6) if v6.port() == 0 => {
-            let [0x100, 0, 0, 0, 0, 0, 0, id] = v6.ip().segments() else { return None };
-            NodeId::new(id).ok()
-        }
-        SocketAddr::V4(_) | SocketAddr::V6(_) => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_stand_in_address_stands_for_one_node() {
-        for id in [1, 77, NodeId::MAX] {
-            let id = NodeId::new(id).unwrap();
-            assert_eq!(stood_for(stand_in(id)), Some(id));
-        }
-        for other in ["[100::]:0", "[100::1]:1", "[100:1::1]:0", "192.0.2.1:0"] {
-            assert_eq!(stood_for(other.parse().unwrap()), None, "{other}");
-        }
-    }
 
     #[test]
     fn an_established_relay_is_kept_while_no_path_is_known() {

@@ -1,5 +1,7 @@
 //! Tests one rule of the protocol, or of this implementation, at a time.
 
+use overnode_types::NodeId;
+
 use super::*;
 
 fn joined_pair(seed: u64, second: Initiate) -> World {
@@ -58,7 +60,7 @@ fn a_peer_without_an_endpoint_is_answered_at_its_source_address() {
     assert!(world.joined(0, 1));
     assert_eq!(world.initiations(0), [], "the peer initiated first");
     let view = world.nodes[0].core.peer(peer(1)).expect("the peer is configured");
-    assert_eq!(view.endpoint, Some(world.nodes[1].address));
+    assert_eq!(view.endpoint, Some(world.nodes[1].address.into()));
     assert_eq!(view.last_handshake, Some(world.start + SECOND * 10 + SECOND / 100));
 }
 
@@ -301,7 +303,7 @@ fn a_peer_that_moves_is_followed() {
     assert_eq!(world.plane(1, 0).remote, Some(moved));
     assert_eq!(
         world.nodes[1].core.peer(peer(0)).expect("the peer is configured").endpoint,
-        Some(moved)
+        Some(moved.into())
     );
     assert!(world.joined(0, 1));
 }
@@ -326,7 +328,7 @@ fn a_replay_after_a_restart_diverts_nothing() {
         assert_eq!(world.plane(1, 0).remote, Some(world.nodes[0].address));
         assert_eq!(
             world.nodes[1].core.peer(peer(0)).expect("the peer is configured").endpoint,
-            Some(world.nodes[0].address)
+            Some(world.nodes[0].address.into())
         );
     }
     assert_eq!(
@@ -457,4 +459,23 @@ fn a_thousand_peers_connect_in_seconds_and_stay_connected() {
     assert!(core.counters().cookies_demanded > 0, "so many at once put the node under load");
     assert!(core.slots_used() <= 2 * PEERS);
     assert!(clock.elapsed() < SECOND * 60, "{:?}", clock.elapsed());
+}
+
+#[test]
+fn a_relayed_initiation_is_answered_through_the_relay_and_moves_no_endpoint() {
+    let mut world = World::new(1, 2);
+    world.introduce(0, 1, Initiate::AtOnce);
+    let config = PeerConfig { endpoint: None, ..world.config(0, Initiate::OnlyAnswer) };
+    world.upsert(1, 0, config);
+    let (now, wall) = (world.now, world.wall);
+    let [first, second] = &mut world.nodes[..] else { panic!("there are two nodes") };
+    first.core.handle_timeout(now, wall);
+    let initiation = first.core.poll_transmit().expect("an initiation").bytes;
+    let from = PeerAddress::Relayed(NodeId::new(3).expect("an ID"));
+    second.core.handle_datagram(now, from, &initiation);
+    let response = second.core.poll_transmit().expect("a response");
+    assert_eq!((response.to, response.peer), (from, Some(peer(0))));
+    assert_eq!(second.core.peer(peer(0)).expect("the peer is configured").endpoint, Some(from));
+    let events: Vec<_> = std::iter::from_fn(|| second.core.poll_event()).collect();
+    assert!(matches!(&events[..], [Event::Install { .. }]), "{events:?}");
 }

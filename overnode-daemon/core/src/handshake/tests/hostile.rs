@@ -223,7 +223,8 @@ fn a_peer_that_always_demands_cookies_gets_one_immediate_retry() {
             // A new secret each time, so that no cookie is ever valid.
             let mut gate = world.nodes[1].core.gate(StdRng::seed_from_u64(sent.len() as u64));
             gate.set_threshold(0);
-            let judgment = gate.judge(world.now, world.nodes[0].address, &transmit.bytes, || true);
+            let judgment =
+                gate.judge(world.now, world.nodes[0].address.into(), &transmit.bytes, || true);
             let gate::Judgment::Reply(reply) = judgment else { panic!("{judgment:?}") };
             world.nodes[0].core.handle_datagram(world.now, address, &reply);
         }

@@ -82,7 +82,8 @@ impl Core {
         self.gate = self.inner.gate(StdRng::seed_from_u64(1));
     }
 
-    pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+    pub fn handle_datagram(&mut self, now: Instant, from: impl Into<PeerAddress>, bytes: &[u8]) {
+        let from = from.into();
         let is_peer = || self.inner.peers.values().any(|peer| peer.endpoint == Some(from));
         match self.gate.judge(now, from, bytes, is_peer) {
             Judgment::Admit(_) => self.inner.handle_datagram(now, from, bytes),
@@ -409,7 +410,7 @@ impl World {
     /// Carries out what the node's core asks for.
     pub fn drain(&mut self, at: usize) {
         while let Some(Transmit { to, bytes, .. }) = self.nodes[at].core.poll_transmit() {
-            self.transmit(at, to, bytes);
+            self.transmit(at, to.direct().expect("no node is behind a relay"), bytes);
         }
         while let Some(event) = self.nodes[at].core.poll_event() {
             if let Some((to, bytes)) = self.nodes[at].obey(event, self.now) {

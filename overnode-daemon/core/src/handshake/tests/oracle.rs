@@ -62,7 +62,7 @@ impl Mixed {
 
     fn sent(&mut self) -> Option<Vec<u8>> {
         self.core.poll_transmit().map(|transmit| {
-            assert_eq!(transmit.to, Self::there());
+            assert_eq!(transmit.to, Self::there().into());
             transmit.bytes
         })
     }
