@@ -1,25 +1,22 @@
 //! Decodes the programs' records of dropped packets into headers. No I/O. The bytes are untrusted.
 //!
-//! The payload behind the headers never appears in the result.
+//! The payload behind the headers never appears in the result. A record holds only the first bytes
+//! of a packet, so the lengths in its headers exceed what is there.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
+use etherparse::{ArpPacketSlice, LaxIpv4Slice, LaxNetSlice, LaxSlicedPacket, LinkSlice};
 use overnode_ebpf::map::{
     DROPPED_LEN, PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
     PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER, VLAN_PRESENT,
 };
 use overnode_ebpf::reason::Reason;
-use overnode_ebpf::wire::{
-    DATA_HEADER_LEN, DATA_PORT, ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6,
-    IPV4_LEN, IPV6_LEN, Relay, TYPE_DATA, UDP_LEN,
-};
+use overnode_ebpf::wire::{DATA_HEADER_LEN, DATA_PORT, ETHERNET_LEN, Relay, TYPE_DATA, UDP_LEN};
 
 use overnode_api::{Arp, Ethernet, Flow, Headers, Message, Program, Relayed};
 use overnode_types::{BootTime, InterfaceIndex, MacAddr, SessionIndex};
 
-/// EtherType of an IEEE 802.1Q tag inside the packet.
-const ETHERTYPE_VLAN: u16 = 0x8100;
-const VLAN_TAG_LEN: usize = 4;
+/// The VLAN ID in an IEEE 802.1Q tag.
 const VLAN_ID: u16 = 0x0fff;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -87,41 +84,37 @@ pub fn record(bytes: &[u8]) -> Option<Seen> {
 }
 
 fn of_container(frame: &[u8]) -> Headers {
-    let Some((header, body)) = frame.split_first_chunk::<ETHERNET_LEN>() else {
-        return Headers::default();
-    };
-    let [_, _, _, _, _, _, source @ .., _, _] = header;
-    let mut headers = Headers::default();
-    let mut ether_type = be16(header, ETHERNET_LEN - 2).unwrap_or(0);
-    let mut body = body;
-    if ether_type == ETHERTYPE_VLAN
-        && let (Some(tag), Some(behind)) = (be16(body, 0), be16(body, 2))
-    {
-        headers.vlan = Some(tag & VLAN_ID);
-        ether_type = behind;
-        body = body.get(VLAN_TAG_LEN..).unwrap_or_default();
+    let Ok(packet) = LaxSlicedPacket::from_ethernet(frame) else { return Headers::default() };
+    let mut headers =
+        Headers { vlan: packet.vlan_ids().first().map(|id| id.value()), ..Headers::default() };
+    if let Some(LinkSlice::Ethernet2(ethernet)) = &packet.link {
+        let ether_type =
+            packet.ether_payload().map_or(ethernet.ether_type(), |payload| payload.ether_type);
+        headers.ethernet =
+            Some(Ethernet { source: MacAddr::new(ethernet.source()), ether_type: ether_type.0 });
     }
-    headers.ethernet = Some(Ethernet { source: MacAddr::new(*source), ether_type });
-    match ether_type {
-        ETHERTYPE_IPV4 => headers.inner = ipv4(body).map(|(flow, _)| flow),
-        ETHERTYPE_IPV6 => headers.inner = ipv6(body).map(|(flow, _)| flow),
-        ETHERTYPE_ARP => headers.arp = arp(body),
-        _ => {}
+    match &packet.net {
+        Some(LaxNetSlice::Arp(packet)) => headers.arp = arp(packet),
+        Some(net) => headers.inner = ip(net).map(|(flow, _)| flow),
+        None => {}
     }
     headers
 }
 
+/// Parses the IPv4 packet behind an Ethernet header of any type.
 fn inner_of_frame(frame: &[u8]) -> Option<Flow> {
-    Some(ipv4(frame.get(ETHERNET_LEN..)?)?.0)
+    inner(frame.get(ETHERNET_LEN..)?)
+}
+
+fn inner(packet: &[u8]) -> Option<Flow> {
+    let (packet, _) = LaxIpv4Slice::from_slice(packet).ok()?;
+    Some(ipv4(&packet).0)
 }
 
 fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
     let mut headers = Headers::default();
-    let found = match be16(frame, ETHERNET_LEN - 2) {
-        Some(ETHERTYPE_IPV4) => frame.get(ETHERNET_LEN..).and_then(ipv4),
-        Some(ETHERTYPE_IPV6) => frame.get(ETHERNET_LEN..).and_then(ipv6),
-        Some(_) | None => None,
-    };
+    let packet = LaxSlicedPacket::from_ethernet(frame).ok();
+    let found = packet.as_ref().and_then(|packet| ip(packet.net.as_ref()?));
     let Some((flow, payload)) = found else { return headers };
     let is_ours = flow.protocol == "udp" && flow.destination_port == Some(DATA_PORT);
     headers.outer = Some(flow);
@@ -131,7 +124,7 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
         headers.relay = Some(Relayed { source, destination, previous, hops });
         datagram = behind;
     }
-    let Some((header, text)) = datagram.split_first_chunk::<DATA_HEADER_LEN>() else {
+    let Some((header, plaintext)) = datagram.split_first_chunk::<DATA_HEADER_LEN>() else {
         return headers;
     };
     let [TYPE_DATA, 0, 0, 0, index @ .., _, _, _, _, _, _, _, _] = header else { return headers };
@@ -141,38 +134,34 @@ fn of_underlay(frame: &[u8], is_opened: bool) -> Headers {
         counter: u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h]),
     });
     if is_opened {
-        headers.inner = ipv4(text).map(|(flow, _)| flow);
+        headers.inner = inner(plaintext);
     }
     headers
 }
 
-/// Parses an IPv4 header. Also returns the bytes behind it.
-fn ipv4(packet: &[u8]) -> Option<(Flow, &[u8])> {
-    let (header, _) = packet.split_first_chunk::<IPV4_LEN>()?;
-    let [version_ihl, _, _, _, _, _, flags, low, _, protocol, _, _, a, b, c, d, e, f, g, h] =
-        *header;
-    let header_len = usize::from(version_ihl & 0xf) * 4;
-    if version_ihl >> 4 != 4 || header_len < IPV4_LEN {
-        return None;
+/// Returns the flow of an IP packet, and the bytes behind its headers.
+fn ip<'a>(net: &LaxNetSlice<'a>) -> Option<(Flow, &'a [u8])> {
+    match net {
+        LaxNetSlice::Ipv4(packet) => Some(ipv4(packet)),
+        LaxNetSlice::Ipv6(packet) => {
+            let (header, payload) = (packet.header(), packet.payload().payload);
+            let (source, destination) =
+                (header.source_addr().into(), header.destination_addr().into());
+            Some((flow(source, destination, header.next_header().0, payload, true), payload))
+        }
+        LaxNetSlice::Arp(_) => None,
     }
-    let is_first = u16::from_be_bytes([flags, low]) & 0x1fff == 0;
-    let payload = packet.get(header_len..).unwrap_or_default();
-    let (source, destination) =
-        (Ipv4Addr::new(a, b, c, d).into(), Ipv4Addr::new(e, f, g, h).into());
-    Some((flow(source, destination, protocol, payload, is_first), payload))
 }
 
-/// Parses an IPv6 header. Also returns the bytes behind it.
-fn ipv6(packet: &[u8]) -> Option<(Flow, &[u8])> {
-    let (header, payload) = packet.split_first_chunk::<IPV6_LEN>()?;
-    let address = |at: usize| {
-        let octets: [u8; 16] = header.get(at..at + 16)?.try_into().ok()?;
-        Some(IpAddr::V6(Ipv6Addr::from(octets)))
-    };
-    (header[0] >> 4 == 6).then_some(())?;
-    Some((flow(address(8)?, address(24)?, header[6], payload, true), payload))
+fn ipv4<'a>(packet: &LaxIpv4Slice<'a>) -> (Flow, &'a [u8]) {
+    let (header, payload) = (packet.header(), packet.payload().payload);
+    let is_first = header.fragments_offset().value() == 0;
+    let (source, destination) = (header.source_addr().into(), header.destination_addr().into());
+    (flow(source, destination, header.protocol().0, payload, is_first), payload)
 }
 
+/// Returns the addresses and ports of a packet. The ports are read here, because the record may end
+/// within the transport header.
 fn flow(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8], is_first: bool) -> Flow {
     // TCP, UDP, DCCP, SCTP and UDP-Lite all begin with the ports.
     let has_ports = is_first && matches!(protocol, TCP | UDP | 33 | 132 | 136);
@@ -205,14 +194,13 @@ fn protocol_name(protocol: u8) -> String {
     name.to_owned()
 }
 
-/// Parses an ARP message for Ethernet and IPv4.
-fn arp(body: &[u8]) -> Option<Arp> {
-    let [0, 1, 8, 0, 6, 4, _, _, _, _, _, _, _, _, a, b, c, d, _, _, _, _, _, _, e, f, g, h] =
-        *body.first_chunk::<28>()?
-    else {
-        return None;
-    };
-    Some(Arp { sender: Ipv4Addr::new(a, b, c, d).into(), target: Ipv4Addr::new(e, f, g, h).into() })
+/// Returns the addresses of an ARP message for Ethernet and IPv4.
+fn arp(packet: &ArpPacketSlice<'_>) -> Option<Arp> {
+    let packet = packet.to_packet().try_eth_ipv4().ok()?;
+    Some(Arp {
+        sender: Ipv4Addr::from(packet.sender_ipv4).into(),
+        target: Ipv4Addr::from(packet.target_ipv4).into(),
+    })
 }
 
 fn be16(bytes: &[u8], at: usize) -> Option<u16> {

@@ -1,6 +1,12 @@
+use std::net::Ipv6Addr;
+
+use overnode_ebpf::wire::{ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 use proptest::prelude::*;
 
 use super::*;
+
+/// EtherType of an IEEE 802.1Q tag.
+const ETHERTYPE_VLAN: u16 = 0x8100;
 
 const SECRET: &[u8] = b"payload-payload-payload";
 
