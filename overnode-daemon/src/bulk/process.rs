@@ -1,6 +1,6 @@
 //! Runs the workers' process, which holds the devices, the sockets and the keys, and keeps running
-//! without a daemon. Its main thread talks to the daemon and decides which peers are served. One thread per worker
-//! moves packets.
+//! without a daemon. Its main thread talks to the daemon and decides which peers are served. One
+//! thread per worker moves packets.
 //!
 //! It is a separate process so that flows continue while the daemon is killed, hangs or is
 //! upgraded. It exits on its own when no daemon is connected and its last session has expired, or

@@ -532,8 +532,8 @@ fn after_deletion(record: Attachment) -> Attachment {
     Attachment { engine: None, ..after_leave(record) }
 }
 
-/// Returns the answer to an endpoint's creation. `with_mac` must be false if the engine assigned the
-/// MAC address: it treats an answer that repeats its own values as an error.
+/// Returns the answer to an endpoint's creation. `with_mac` must be false if the engine assigned
+/// the MAC address: it treats an answer that repeats its own values as an error.
 fn endpoint_answer(with_mac: bool, mac: MacAddr) -> Response {
     let mac_address = if with_mac { mac.to_string() } else { String::new() };
     Response::Endpoint { interface: Interface { mac_address, ..Interface::default() } }

@@ -1,10 +1,10 @@
 //! Limits on the memory and disk space for the records of other nodes.
 //!
 //! A host with the token can take as many IDs as are free, and a record can be long. So the total
-//! size of all records is limited: [`RESERVED_BYTES`] for each ID, and [`SHARED_BYTES`] for records that exceed it.
-//! An honest record exceeds it only with more than about 100 names. At most [`MAX_UNREACHED`] records
-//! with at most [`MAX_UNREACHED_BYTES`] in total are kept of nodes that were never reached, directly or
-//! through other nodes.
+//! size of all records is limited: [`RESERVED_BYTES`] for each ID, and [`SHARED_BYTES`] for records
+//! that exceed it. An honest record exceeds it only with more than about 100 names. At most
+//! [`MAX_UNREACHED`] records with at most [`MAX_UNREACHED_BYTES`] in total are kept of nodes that
+//! were never reached, directly or through other nodes.
 //!
 //! A version that does not fit is refused, and the older one stays. A version that is no larger
 //! than the older one always fits. So does a tombstone, which is short. Tombstones are never

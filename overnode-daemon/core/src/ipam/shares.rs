@@ -30,8 +30,8 @@ pub struct Share {
 }
 
 impl Ipam {
-    /// Returns the division of the range. `announced` has the ranges that each node announces, this one
-    /// included.
+    /// Returns the division of the range. `announced` has the ranges that each node announces, this
+    /// one included.
     pub fn shares(&self, announced: &BTreeMap<NodeId, Vec<IpNet>>) -> Shares {
         let ledger = self.ledger().flat_map(|(_, loans)| loans);
         let ledger = ledger.filter(|(borrower, _)| *borrower != self.id);

@@ -5,9 +5,9 @@
 //! or asks for itself. If two nodes ask at the same moment, the one with the lower ID takes
 //! precedence. Nodes that do not answer in time count as unreachable: a conflict with their
 //! addresses is found when their records arrive. Then the node with the lower ID keeps the address,
-//! unless it must have known of the other node's claim ([`Timing::propagation`]). The node that does not
-//! keep the address stops announcing it. It gets the address back when the keeper releases it and
-//! no other node announces it. `docs/internals/addresses.md` has the reasons.
+//! unless it must have known of the other node's claim ([`Timing::propagation`]). The node that
+//! does not keep the address stops announcing it. It gets the address back when the keeper releases
+//! it and no other node announces it. `docs/internals/addresses.md` has the reasons.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

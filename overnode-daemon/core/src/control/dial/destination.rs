@@ -34,8 +34,8 @@ pub(super) enum State {
 }
 
 impl Destination {
-    /// Creates a destination that is first dialed after `head_start`. [`Self::try_at_once`] waits for
-    /// `head_start`, too.
+    /// Creates a destination that is first dialed after `head_start`. [`Self::try_at_once`] waits
+    /// for `head_start`, too.
     pub fn new(addresses: Vec<SocketAddr>, head_start: Duration, now: Instant) -> Self {
         Self {
             addresses,
