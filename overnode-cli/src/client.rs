@@ -35,11 +35,11 @@ const KILL_GRACE_PERIOD: Duration = Duration::from_secs(1);
 const LINE_LIMIT: usize = 1024 * 1024;
 
 /// Interval between checks on a daemon that is starting or ending.
-pub const POLL: Duration = Duration::from_millis(25);
+pub(crate) const POLL: Duration = Duration::from_millis(25);
 
 /// A client of one daemon. Each request opens a connection.
 #[derive(Clone, Debug)]
-pub struct Client {
+pub(crate) struct Client {
     socket: PathBuf,
     state_dir: PathBuf,
     debug: bool,
@@ -47,7 +47,7 @@ pub struct Client {
 
 /// Why a request got no answer.
 #[derive(Debug)]
-pub enum RequestError {
+pub(crate) enum RequestError {
     /// Nothing listens on the socket.
     NotRunning,
     /// The current user may not connect to the socket.
@@ -62,7 +62,7 @@ pub enum RequestError {
 
 /// A streamed answer, read line by line.
 #[derive(Debug)]
-pub struct Lines {
+pub(crate) struct Lines {
     body: Incoming,
     buffer: Vec<u8>,
 }
@@ -73,7 +73,7 @@ impl Lines {
     ///
     /// # Errors
     /// Fails if the connection breaks or a line is too long.
-    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, RequestError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<u8>>, RequestError> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let rest = self.buffer.split_off(end + 1);
@@ -97,7 +97,7 @@ impl Lines {
 
 impl Client {
     /// Creates a client for the daemon that uses these directories.
-    pub fn new(context: &Context) -> Self {
+    pub(crate) fn new(context: &Context) -> Self {
         Self {
             socket: context.run_dir.join(api::SOCKET),
             state_dir: context.state_dir.clone(),
@@ -109,7 +109,7 @@ impl Client {
     ///
     /// # Errors
     /// Fails with a message for the user. [`Self::try_get`] tells the causes apart.
-    pub async fn get<R: Route<Request = ()>>(&self) -> Result<R::Answer, Failure> {
+    pub(crate) async fn get<R: Route<Request = ()>>(&self) -> Result<R::Answer, Failure> {
         self.try_get::<R>().await.map_err(|why| self.explain(why))
     }
 
@@ -118,7 +118,7 @@ impl Client {
     ///
     /// # Errors
     /// Fails with a message for the user.
-    pub async fn document<R: Route<Request = ()>>(&self) -> Result<Value, Failure> {
+    pub(crate) async fn document<R: Route<Request = ()>>(&self) -> Result<Value, Failure> {
         let answer = self.ask(Method::GET, R::PATH, Bytes::new()).await;
         answer.map_err(|why| self.explain(why))
     }
@@ -127,7 +127,7 @@ impl Client {
     ///
     /// # Errors
     /// Fails with a message for the user. [`Self::try_post`] tells the causes apart.
-    pub async fn post<R: Route>(&self, body: &R::Request) -> Result<R::Answer, Failure> {
+    pub(crate) async fn post<R: Route>(&self, body: &R::Request) -> Result<R::Answer, Failure> {
         self.try_post::<R>(body).await.map_err(|why| self.explain(why))
     }
 
@@ -135,7 +135,10 @@ impl Client {
     ///
     /// # Errors
     /// Fails with an [`RequestError`], which tells the causes apart.
-    pub async fn try_post<R: Route>(&self, body: &R::Request) -> Result<R::Answer, RequestError> {
+    pub(crate) async fn try_post<R: Route>(
+        &self,
+        body: &R::Request,
+    ) -> Result<R::Answer, RequestError> {
         let body = serde_json::to_vec(body).map_err(|error| {
             RequestError::Broken(format!("the request cannot be encoded as JSON: {error}"))
         })?;
@@ -146,7 +149,7 @@ impl Client {
     ///
     /// # Errors
     /// Fails with an [`RequestError`], which tells the causes apart.
-    pub async fn try_get<R: Route<Request = ()>>(&self) -> Result<R::Answer, RequestError> {
+    pub(crate) async fn try_get<R: Route<Request = ()>>(&self) -> Result<R::Answer, RequestError> {
         self.ask(Method::GET, R::PATH, Bytes::new()).await
     }
 
@@ -154,7 +157,7 @@ impl Client {
     ///
     /// # Errors
     /// Fails with an [`RequestError`], which tells the causes apart.
-    pub async fn lines(&self, path: &str) -> Result<Lines, RequestError> {
+    pub(crate) async fn lines(&self, path: &str) -> Result<Lines, RequestError> {
         self.note(format_args!("> GET {path}"));
         let response =
             tokio::time::timeout(REQUEST_TIMEOUT, self.send(Method::GET, path, Bytes::new()))
@@ -174,7 +177,7 @@ impl Client {
     /// # Errors
     /// Fails if a daemon is running but does not answer properly, or if its socket is closed to
     /// this user.
-    pub async fn running(&self) -> Result<Option<api::Version>, Failure> {
+    pub(crate) async fn running(&self) -> Result<Option<api::Version>, Failure> {
         let begun = Instant::now();
         loop {
             // A killed process accepts requests and keeps its lock until the kernel has closed all
@@ -206,12 +209,12 @@ impl Client {
     }
 
     /// Returns the path of the daemon's socket.
-    pub fn socket(&self) -> &Path {
+    pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Turns the cause into a message for the user.
-    pub fn explain(&self, why: RequestError) -> Failure {
+    pub(crate) fn explain(&self, why: RequestError) -> Failure {
         match why {
             RequestError::NotRunning => {
                 Failure::failed(Presence::of(&self.state_dir).not_running(&self.socket))

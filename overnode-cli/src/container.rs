@@ -9,7 +9,7 @@ const ENGINES: [&str; 2] = ["docker", "podman"];
 
 /// A container that an engine knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Container {
+pub(crate) struct Container {
     /// Full ID.
     pub id: String,
     /// Name.
@@ -29,7 +29,7 @@ enum Answer {
 ///
 /// # Errors
 /// Fails if no engine has the container, or if more than one has.
-pub fn find(name: &str) -> Result<Container, Failure> {
+pub(crate) fn find(name: &str) -> Result<Container, Failure> {
     let mut found = Vec::new();
     let mut said = Vec::new();
     for engine in ENGINES {

@@ -80,6 +80,7 @@ pub struct Global {
     pub run_dir: PathBuf,
 }
 
+#[allow(missing_docs, reason = "documentation here would replace the help texts")]
 /// The command to run.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -467,6 +468,7 @@ pub struct Reset {
     pub force: bool,
 }
 
+#[allow(missing_docs, reason = "documentation here would replace the help texts")]
 /// Manage WireGuard peers that are not nodes of the cluster
 #[derive(Debug, Subcommand)]
 pub enum Peer {

@@ -9,11 +9,11 @@ use std::path::Path;
 const DATABASE: &str = "overnode.redb";
 
 /// Name of the file that a running daemon keeps locked.
-pub const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
 
 /// State of this host's node when no daemon answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Presence {
+pub(crate) enum Presence {
     /// No node was launched on this host.
     Never,
     /// A node was launched on this host, and its daemon is not running.
@@ -27,7 +27,7 @@ pub enum Presence {
 
 impl Presence {
     /// Looks at the state directory without changing anything.
-    pub fn of(state_dir: &Path) -> Self {
+    pub(crate) fn of(state_dir: &Path) -> Self {
         if let Some(pid) = lock_holder(&state_dir.join(LOCK)) {
             return Self::NotListening(pid);
         }
@@ -46,7 +46,7 @@ impl Presence {
     }
 
     /// Returns the error message: what is wrong, why, and what to do.
-    pub fn not_running(self, socket: &Path) -> String {
+    pub(crate) fn not_running(self, socket: &Path) -> String {
         match self {
             Self::Never => "overnode is not running on this host: no node was launched here; \
                  start one with `overnode launch --id ID --token-file FILE`"

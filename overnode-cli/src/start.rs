@@ -33,7 +33,7 @@ const DAEMON_DIRS: [&str; 6] = [
 ];
 
 /// Name of the log of a daemon that systemd did not start, in the run directory.
-pub const LOG: &str = "overnoded.log";
+pub(crate) const LOG: &str = "overnoded.log";
 
 /// Startup timeout of a daemon. During startup the kernel verifies its programs.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -43,7 +43,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A daemon that this command started.
 #[derive(Debug)]
-pub struct Started {
+pub(crate) struct Started {
     how: How,
     context: Context,
     before: Before,
@@ -74,7 +74,7 @@ enum How {
 ///
 /// # Errors
 /// Fails if the daemon does not come up. No daemon is left running then.
-pub async fn ensure_running(
+pub(crate) async fn ensure_running(
     context: &Context,
     client: &Client,
 ) -> Result<(Option<Started>, Version), Failure> {
@@ -138,7 +138,7 @@ impl Before {
 ///
 /// # Errors
 /// Returns why it failed, without a full stop.
-pub fn offline(context: &Context, words: &[&str]) -> Result<(), String> {
+pub(crate) fn offline(context: &Context, words: &[&str]) -> Result<(), String> {
     let program = find_daemon().map_err(|error| error.to_string())?;
     let output = Command::new(&program)
         .arg("--state-dir")
@@ -160,7 +160,7 @@ pub fn offline(context: &Context, words: &[&str]) -> Result<(), String> {
 ///
 /// # Errors
 /// Fails if the daemon does not end.
-pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
+pub(crate) async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), Failure> {
     let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
     while runs(pid)
         || client.try_get::<routes::Version>().await.is_ok_and(|version| version.pid == pid)
@@ -181,7 +181,7 @@ pub async fn ended(context: &Context, client: &Client, pid: u32) -> Result<(), F
 ///
 /// # Errors
 /// Fails if systemd refuses.
-pub fn forget_start(context: &Context) -> Result<(), Failure> {
+pub(crate) fn forget_start(context: &Context) -> Result<(), Failure> {
     let _ = fs::remove_file(context.run_dir.join(LOG));
     // Remove the directory only if it is empty: other programs may use it too.
     let _ = fs::remove_dir(&context.run_dir);
@@ -197,7 +197,7 @@ impl Started {
     ///
     /// # Errors
     /// Fails if the daemon does not stop or something cannot be removed.
-    pub async fn stop(mut self) -> Result<(), Failure> {
+    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
         self.end().await?;
         self.before.restore(&self.context).await
     }
@@ -280,7 +280,7 @@ impl Started {
 
 /// Returns why a daemon ended, from its log: the last error, without time and level. Without an
 /// error, returns the last line that is not blank.
-pub fn reason_in(log: &str) -> Option<String> {
+pub(crate) fn reason_in(log: &str) -> Option<String> {
     let said =
         |line: &str| line.split_once(" ERROR ").map(|(_, message)| message.trim().to_owned());
     log.lines().rev().find_map(said).or_else(|| {

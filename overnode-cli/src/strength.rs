@@ -17,7 +17,7 @@ const SOON: f64 = 365.0 * DAY;
 
 /// Returns why a token is weak and what to do, or `None` if it is not guessed within `SOON`. The
 /// message contains no part of the token.
-pub fn weakness(token: &str) -> Option<String> {
+pub(crate) fn weakness(token: &str) -> Option<String> {
     // Words that every attacker would try here.
     let estimate = zxcvbn(token, &["overnode", "weave", "cluster", "token", "container", "docker"]);
     let seconds = 10_f64.powf(estimate.guesses_log10()) / GUESSES_PER_SECOND;

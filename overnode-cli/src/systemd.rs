@@ -11,7 +11,7 @@ use crate::options::Context;
 use crate::start::reason_in;
 
 /// Name of the daemon's unit.
-pub const UNIT: &str = "overnode.service";
+pub(crate) const UNIT: &str = "overnode.service";
 
 /// Directories in which packages and administrators install units (systemd.unit(5)).
 const UNIT_DIRS: [&str; 5] = [
@@ -25,7 +25,7 @@ const UNIT_DIRS: [&str; 5] = [
 /// Returns whether systemd manages the daemon of these directories. This is the case if systemd
 /// runs on this host, the directories are the default ones, the unit is installed, and this command
 /// runs in the network namespace in which systemd starts the daemon.
-pub fn is_in_charge(context: &Context) -> bool {
+pub(crate) fn is_in_charge(context: &Context) -> bool {
     Path::new("/run/systemd/system").is_dir()
         && context.state_dir == Path::new(DEFAULT_STATE_DIR)
         && context.run_dir == Path::new(DEFAULT_RUN_DIR)
@@ -37,7 +37,7 @@ pub fn is_in_charge(context: &Context) -> bool {
 ///
 /// # Errors
 /// Fails if the drop-in file cannot be changed or systemd does not reload its configuration.
-pub fn set_debug(debug: bool) -> Result<(), Failure> {
+pub(crate) fn set_debug(debug: bool) -> Result<(), Failure> {
     let dir = Path::new("/run/systemd/system").join(format!("{UNIT}.d"));
     let file = dir.join("overnode-debug.conf");
     if debug == file.exists() {
@@ -59,7 +59,7 @@ pub fn set_debug(debug: bool) -> Result<(), Failure> {
 ///
 /// # Errors
 /// Fails if the unit does not start. The message holds the last error in the unit's log.
-pub fn start() -> Result<(), Failure> {
+pub(crate) fn start() -> Result<(), Failure> {
     let output = systemctl(&["enable", "--now", UNIT])?;
     if output.status.success() {
         return Ok(());
@@ -79,7 +79,7 @@ pub fn start() -> Result<(), Failure> {
 ///
 /// # Errors
 /// Fails with the message of systemctl.
-pub fn stop_and_disable() -> Result<(), Failure> {
+pub(crate) fn stop_and_disable() -> Result<(), Failure> {
     demand(&["disable", "--now", UNIT])
 }
 
@@ -87,12 +87,12 @@ pub fn stop_and_disable() -> Result<(), Failure> {
 ///
 /// # Errors
 /// Fails with the message of systemctl.
-pub fn stop() -> Result<(), Failure> {
+pub(crate) fn stop() -> Result<(), Failure> {
     demand(&["stop", UNIT])
 }
 
 /// Returns whether the unit starts at boot.
-pub fn is_enabled() -> bool {
+pub(crate) fn is_enabled() -> bool {
     systemctl(&["is-enabled", "--quiet", UNIT]).is_ok_and(|output| output.status.success())
 }
 

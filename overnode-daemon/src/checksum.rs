@@ -2,14 +2,14 @@
 
 /// Returns the sum of the 16-bit big-endian words. An odd last byte is the high byte of a word. At
 /// most 65,536 words, so that the sum does not overflow.
-pub fn sum(bytes: &[u8]) -> u32 {
+pub(crate) fn sum(bytes: &[u8]) -> u32 {
     let words = bytes.chunks_exact(2);
     let odd = words.remainder().first().map_or(0, |&byte| u32::from(byte) << 8);
     words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum::<u32>() + odd
 }
 
 /// Folds the carries into the low 16 bits.
-pub fn fold(sum: u32) -> u16 {
+pub(crate) fn fold(sum: u32) -> u16 {
     let once = (sum & 0xffff) + (sum >> 16);
     ((once & 0xffff) + (once >> 16)) as u16
 }

@@ -173,7 +173,7 @@ const fn index(counter: u64) -> usize {
 /// kernel supports it.
 mod cell {
     #[cfg(not(target_arch = "bpf"))]
-    pub use host::{compare_exchange, load, load_after};
+    pub(crate) use host::{compare_exchange, load, load_after};
     #[cfg(target_arch = "bpf")]
     pub use kernel::{compare_exchange, load, load_after};
 
@@ -227,7 +227,7 @@ mod cell {
         ///
         /// # Safety
         /// `word` must be valid for reads and accessed only through this module.
-        pub unsafe fn load(word: *const u64) -> u64 {
+        pub(crate) unsafe fn load(word: *const u64) -> u64 {
             // SAFETY: upheld by the caller; nothing is written.
             unsafe { AtomicU64::from_ptr(word.cast_mut()) }.load(SeqCst)
         }
@@ -236,7 +236,7 @@ mod cell {
         ///
         /// # Safety
         /// As for [`load`].
-        pub unsafe fn load_after(word: *mut u64) -> u64 {
+        pub(crate) unsafe fn load_after(word: *mut u64) -> u64 {
             // SAFETY: upheld by the caller.
             unsafe { load(word) }
         }
@@ -245,7 +245,7 @@ mod cell {
         ///
         /// # Safety
         /// `word` must be valid for reads and writes and accessed only through this module.
-        pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+        pub(crate) unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
             // SAFETY: upheld by the caller.
             match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, SeqCst, SeqCst) {
                 Ok(found) | Err(found) => found,

@@ -10,7 +10,7 @@
 /// # Safety
 /// Four bytes must be valid for reads.
 #[inline(always)]
-pub unsafe fn load(at: *const u8) -> u32 {
+pub(crate) unsafe fn load(at: *const u8) -> u32 {
     #[cfg(target_arch = "bpf")]
     {
         // SAFETY: upheld by the caller. The kernel, not the type's alignment, decides which
@@ -29,7 +29,7 @@ pub unsafe fn load(at: *const u8) -> u32 {
 /// # Safety
 /// Four bytes must be valid for writes.
 #[inline(always)]
-pub unsafe fn store(at: *mut u8, value: u32) {
+pub(crate) unsafe fn store(at: *mut u8, value: u32) {
     #[cfg(target_arch = "bpf")]
     {
         // SAFETY: upheld by the caller. The kernel, not the type's alignment, decides which

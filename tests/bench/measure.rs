@@ -17,7 +17,7 @@ const PING_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Duration of each part of a round.
 #[derive(Clone, Copy, Debug)]
-pub struct Times {
+pub(crate) struct Times {
     pings: u64,
     flood: Duration,
     stream_seconds: u32,
@@ -27,27 +27,27 @@ pub struct Times {
 
 impl Times {
     /// Durations for meaningful results.
-    pub const FULL: Self =
+    pub(crate) const FULL: Self =
         Self { pings: 3000, flood: Duration::from_secs(2), stream_seconds: 3, turns: 10 };
     /// Durations for a quick check that everything works.
-    pub const QUICK: Self =
+    pub(crate) const QUICK: Self =
         Self { pings: 300, flood: Duration::from_millis(500), stream_seconds: 1, turns: 1 };
 
     /// Returns the approximate length of a round.
-    pub fn of_a_round(&self) -> Duration {
+    pub(crate) fn of_a_round(&self) -> Duration {
         let pings = PING_INTERVAL * u32::try_from(self.pings).unwrap_or(u32::MAX);
         pings + self.flood * 2 + Duration::from_secs(u64::from(self.stream_seconds) * 5 + 1)
     }
 
     /// Returns the length of one measurement of pings next to a flow.
-    pub fn of_a_flow(&self) -> Duration {
+    pub(crate) fn of_a_flow(&self) -> Duration {
         Duration::from_secs(u64::from(self.stream_seconds))
     }
 }
 
 /// Results of one round.
 #[derive(Clone, Copy, Debug)]
-pub struct Round {
+pub(crate) struct Round {
     /// Mean round-trip time of the pings, in µs.
     pub rtt_average: f64,
     /// Median round-trip time, in µs.
@@ -83,7 +83,7 @@ pub struct Round {
 ///
 /// # Errors
 /// When nothing arrives, or when more than one ping in a hundred is lost.
-pub fn round(network: &Network, times: Times) -> Result<Round> {
+pub(crate) fn round(network: &Network, times: Times) -> Result<Round> {
     let (a, b, to) = (network.a.netns(), network.b.netns(), network.to);
     probe::ping(a, to, 50, PING_INTERVAL).context("warming up")?;
     let pings = probe::ping(a, to, times.pings, PING_INTERVAL)?;
@@ -123,7 +123,7 @@ pub fn round(network: &Network, times: Times) -> Result<Round> {
 
 /// Results of pings next to one TCP flow.
 #[derive(Clone, Copy, Debug)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     /// Goodput of the flow, in Gbit/s.
     pub rate: f64,
     /// Mean round-trip time, in µs.
@@ -139,7 +139,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// When nothing arrives.
-pub fn beside_a_flow(network: &Network, times: Times, limit: Option<f64>) -> Result<Loaded> {
+pub(crate) fn beside_a_flow(network: &Network, times: Times, limit: Option<f64>) -> Result<Loaded> {
     let server = Server::start(network.b.netns(), network.to.into())?;
     let limit = limit.map(|limit| format!("{:.0}M", limit * 1e3));
     let limit: Vec<_> = limit.iter().flat_map(|limit| ["-b", limit]).collect();

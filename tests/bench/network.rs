@@ -40,13 +40,13 @@ const TOKEN: &str = "the token of the benchmark";
 /// Congestion control of the containers' TCP: Linux's default, whatever this machine is configured
 /// to use. BBR, for one, paces with timers, whose interrupts cost a virtual machine more than the
 /// network does.
-pub const CONGESTION: &str = "cubic";
+pub(crate) const CONGESTION: &str = "cubic";
 /// Pairs of a host and the other host.
 const PAIRS: [(usize, usize); 2] = [(0, 1), (1, 0)];
 
 /// A network that connects two containers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// One veth pair, without hosts in between.
     Veth,
     /// Hosts that forward without a tunnel.
@@ -79,7 +79,7 @@ pub enum Kind {
 
 impl Kind {
     /// All networks, in the order of the table.
-    pub const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Veth,
         Self::Routed,
         Self::Vxlan,
@@ -97,7 +97,7 @@ impl Kind {
     ];
 
     /// Returns whether this is overnode.
-    pub const fn is_own(self) -> bool {
+    pub(crate) const fn is_own(self) -> bool {
         self.bulk().is_some()
     }
 
@@ -123,7 +123,7 @@ impl Kind {
     }
 
     /// Returns whether this is another project's encrypted network.
-    pub const fn is_rival(self) -> bool {
+    pub(crate) const fn is_rival(self) -> bool {
         matches!(self, Self::Gotatun | Self::Boringtun | Self::Nebula)
     }
 }
@@ -151,7 +151,7 @@ impl fmt::Display for Kind {
 
 /// Two containers that can reach each other. The fields are dropped in order, so that the tunnel
 /// goes before the hosts that it runs on.
-pub struct Network {
+pub(crate) struct Network {
     /// The container that sends.
     pub a: Container,
     /// The container that receives.
@@ -175,7 +175,7 @@ impl Network {
     /// # Errors
     /// When something that the network needs is missing, or when no ping is answered within 30
     /// seconds.
-    pub fn set_up(kind: Kind) -> Result<Self> {
+    pub(crate) fn set_up(kind: Kind) -> Result<Self> {
         let lab = Lab::new("bench").entry(Entry::Setns).build()?;
         let [a, b] = [lab.host(1).container("a")?, lab.host(2).container("b")?];
         let tunnel = match kind {
@@ -339,7 +339,7 @@ fn overnode(lab: &Lab, containers: [&Container; 2], bulk: &str) -> Result<()> {
 
 /// Launches a node with one of these addresses on each host, and attaches a container on each.
 /// Returns once the nodes have a session and, unless `bulk` is `off`, workers are in use.
-pub fn launch(
+pub(crate) fn launch(
     lab: &Lab,
     containers: [&Container; 2],
     addresses: [IpAddr; 2],

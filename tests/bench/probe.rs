@@ -33,7 +33,7 @@ const ICMP_HEADER: usize = 8;
 
 /// Results of a series of pings.
 #[derive(Clone, Debug, Default)]
-pub struct Pings {
+pub(crate) struct Pings {
     /// Number of requests sent.
     pub sent: u64,
     /// Round-trip times of the answered requests, sorted.
@@ -42,19 +42,19 @@ pub struct Pings {
 
 impl Pings {
     /// Returns the number of unanswered requests.
-    pub fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.sent - self.times.len() as u64
     }
 
     /// Returns the mean, or zero if nothing was answered.
-    pub fn average(&self) -> Duration {
+    pub(crate) fn average(&self) -> Duration {
         let count = u32::try_from(self.times.len()).unwrap_or(u32::MAX).max(1);
         self.times.iter().sum::<Duration>() / count
     }
 
     /// Returns the time that `percent` of the replies did not exceed, or zero if nothing was
     /// answered.
-    pub fn percentile(&self, percent: usize) -> Duration {
+    pub(crate) fn percentile(&self, percent: usize) -> Duration {
         let rank = (self.times.len() * percent).div_ceil(100).saturating_sub(1);
         self.times.get(rank).copied().unwrap_or_default()
     }
@@ -66,7 +66,7 @@ impl Pings {
 ///
 /// # Errors
 /// When a raw socket cannot be opened, or when the kernel refuses to send.
-pub fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
+pub(crate) fn ping(from: &Netns, to: Ipv4Addr, count: u64, interval: Duration) -> Result<Pings> {
     from.enter(move || {
         let mut pinger = Pinger::open(to)?;
         let mut due = Instant::now();
@@ -201,7 +201,7 @@ fn now() -> Duration {
 ///
 /// # Errors
 /// When a socket cannot be opened, or when nothing arrives at all.
-pub fn flood(
+pub(crate) fn flood(
     from: &Netns,
     to: &Netns,
     address: Ipv4Addr,
@@ -218,7 +218,7 @@ pub fn flood(
 ///
 /// # Errors
 /// When a socket cannot be opened, or when nothing arrives at all.
-pub fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
+pub(crate) fn gso(from: &Netns, to: &Netns, address: Ipv4Addr, time: Duration) -> Result<f64> {
     const SEGMENT: u16 = 1372;
     const SEGMENTS: usize = 44;
     let (sender, receiver) = udp_pair(from, to, address)?;

@@ -28,7 +28,7 @@ use overnode_ebpf::wire::{DATA_PORT, ETHERNET_LEN, IPV4_LEN, UDP_LEN};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 /// Lengths of the inner packets in bytes, including the IP header.
-pub const SIZES: [usize; 3] = [64, 512, 1400];
+pub(crate) const SIZES: [usize; 3] = [64, 512, 1400];
 const PROGRAMS: [&str; 5] =
     ["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk"];
 
@@ -43,7 +43,7 @@ const XDP_REDIRECT: u32 = 4;
 
 /// Results of the measurement.
 #[derive(Debug)]
-pub struct Programs {
+pub(crate) struct Programs {
     /// Number of instructions that the verifier processed, by program.
     pub verified: BTreeMap<&'static str, u32>,
     /// Bytes of stack that a program and its deepest callback use together, by program.
@@ -54,7 +54,7 @@ pub struct Programs {
 
 /// Time per packet of one length.
 #[derive(Clone, Copy, Debug)]
-pub struct Cost {
+pub(crate) struct Cost {
     /// Length of the inner packet in bytes.
     pub size: usize,
     /// Time of `seal`.
@@ -72,7 +72,7 @@ pub struct Cost {
 ///
 /// # Errors
 /// When the kernel does not load a program, or when a program drops a valid packet.
-pub fn measure(runs: usize) -> Result<Programs> {
+pub(crate) fn measure(runs: usize) -> Result<Programs> {
     let stack = stack_depths()?;
     let mut bench = Bench::load()?;
     let costs = SIZES.iter().map(|&size| bench.cost(size, runs)).collect::<Result<_>>()?;

@@ -13,7 +13,7 @@ use crate::network::Kind;
 use crate::programs::Programs;
 
 /// All measurements of a run.
-pub struct Report {
+pub(crate) struct Report {
     /// Results of the programs alone, or why they could not be measured.
     pub programs: Result<Programs, String>,
     /// Results of the networks, in the order of the table.
@@ -27,7 +27,7 @@ pub struct Report {
 }
 
 /// Results of one network.
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// The network.
     pub kind: Kind,
     /// Its rounds, or why it could not be measured.
@@ -36,7 +36,7 @@ pub struct Outcome {
 
 /// Pings next to a flow in several cases, measured one right after the other.
 #[derive(Clone, Copy, Debug)]
-pub struct Beside {
+pub(crate) struct Beside {
     /// Without workers.
     pub without: Loaded,
     /// With workers, and a flow limited to the rate that was reached without them.
@@ -109,14 +109,14 @@ struct Check {
 
 impl Report {
     /// Returns whether everything that was asked for was measured.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.programs.is_ok()
             && self.beside.is_ok()
             && self.networks.iter().all(|outcome| outcome.result.is_ok())
     }
 
     /// Returns all results, including those of each round.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         let programs = match &self.programs {
             Err(reason) => json!({ "error": reason }),
             Ok(programs) => json!({
@@ -433,7 +433,7 @@ fn nanos(time: Duration) -> f64 {
 }
 
 /// Returns a duration in words.
-pub fn spoken(time: Duration) -> String {
+pub(crate) fn spoken(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..100 => format!("{seconds} seconds"),
         seconds => format!("{:.1} minutes", seconds as f64 / 60.0),
@@ -441,7 +441,7 @@ pub fn spoken(time: Duration) -> String {
 }
 
 /// Returns an empty table with these titles.
-pub fn table(titles: &[&str]) -> Table {
+pub(crate) fn table(titles: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(titles);
     for column in table.column_iter_mut().skip(1) {

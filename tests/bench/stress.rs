@@ -27,7 +27,7 @@ const HEADERS: u32 = 80 + 40;
 
 /// Options of `cargo xtask bench stress`.
 #[derive(Debug, Parser)]
-pub struct Stress {
+pub(crate) struct Stress {
     /// Number of bytes to send and verify, over all underlays together.
     #[arg(long, value_name = "COUNT", default_value_t = 10_000_000_000)]
     bytes: u64,
@@ -210,7 +210,7 @@ struct Outcome {
     rekeys: u64,
 }
 
-pub fn run(arguments: &Stress) -> Result<()> {
+pub(crate) fn run(arguments: &Stress) -> Result<()> {
     let started = Instant::now();
     let mut outcomes = Vec::new();
     for (number, scene) in SCENES.iter().enumerate() {

@@ -15,7 +15,7 @@ use crate::support::{
 const SWEEP: Duration = Duration::from_secs(75);
 
 /// Fails with a list of what a node left on the host, if it left anything.
-pub fn ensure_clean(host: &Host) -> Result<()> {
+pub(crate) fn ensure_clean(host: &Host) -> Result<()> {
     eventually(Duration::from_secs(5), || {
         let remains = host.remains()?;
         ensure!(remains.is_empty(), "left on {}: {}", host.name, remains.join(", "));

@@ -15,10 +15,10 @@ const WORDS: [&str; 12] = [
 ];
 
 /// The values of each label of each exported metric.
-pub type Told = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
+pub(crate) type Told = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
 
 /// Parses series as they are in the exported text, without their values.
-pub fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
+pub(crate) fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
     let mut told = Told::new();
     for text in all {
         let mut tokens = Tokens(text);
@@ -32,7 +32,7 @@ pub fn told<'a>(all: impl Iterator<Item = &'a str>) -> Result<Told> {
 }
 
 /// Fails if the dashboard uses a series or label that is not exported.
-pub fn check(dashboard: &Value, told: &Told) -> Result<()> {
+pub(crate) fn check(dashboard: &Value, told: &Told) -> Result<()> {
     let panels = dashboard["panels"].as_array().context("no panels")?;
     let mut checked = 0;
     for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten())

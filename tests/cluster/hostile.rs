@@ -26,7 +26,7 @@ const REFUSALS: [&str; 9] = [
 
 /// Records data messages from host1 to host2 during a few pings, and returns them as Ethernet
 /// frames.
-pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
+pub(crate) fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
     let capture = lab.host(2).capture()?;
     let stats = containers[0].ping(containers[1].address(), 200, MILLISECOND)?;
     ensure!(stats.lost() == 0, "{} pings were lost", stats.lost());
@@ -46,7 +46,7 @@ pub fn record(lab: &Lab, containers: &[Container]) -> Result<Vec<Vec<u8>>> {
 
 /// Returns the underlay's end of host2's cable. Frames sent here arrive at host2 as if they came
 /// from the network.
-pub fn attacker(lab: &Lab) -> Result<Injector> {
+pub(crate) fn attacker(lab: &Lab) -> Result<Injector> {
     // Frames that are sent into this end of the veth come out on the host.
     Injector::open(lab.underlay(), "p2")
 }

@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 /// Starts a monitor with `--json` and waits until it is watching.
-pub fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
+pub(crate) fn watch(lab: &Lab, host: &Host, options: &[&str]) -> Result<Watcher> {
     let watcher = Watcher::start(lab, host, &[&["--json"], options].concat(), TIMEOUT)?;
     watcher.wait_for(|event| event["event"] == "watching")?;
     Ok(watcher)

@@ -14,14 +14,14 @@ const INTERFACE: &str = "overnode0";
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// Returns the container's MAC address, as its own namespace reports it.
-pub fn own_mac(container: &Container) -> Result<[u8; 6]> {
+pub(crate) fn own_mac(container: &Container) -> Result<[u8; 6]> {
     let links: serde_json::Value =
         serde_json::from_str(&container.netns().ip(&["-j", "link", "show", INTERFACE])?)?;
     parse_mac(links[0]["address"].as_str().context("no hardware address")?)
 }
 
 /// Returns the MAC address that ARP resolved for `other`.
-pub fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
+pub(crate) fn learnt_mac(container: &Container, other: IpAddr) -> Result<[u8; 6]> {
     container.reach(other, TIMEOUT)?;
     let neighbors: serde_json::Value = serde_json::from_str(&container.netns().ip(&[
         "-j",
@@ -46,7 +46,7 @@ fn octets(address: IpAddr) -> [u8; 4] {
 }
 
 /// Returns an Ethernet frame with a UDP datagram that contains the lab's marker.
-pub fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) -> Vec<u8> {
+pub(crate) fn datagram(from_mac: [u8; 6], to_mac: [u8; 6], from: IpAddr, to: IpAddr) -> Vec<u8> {
     let payload = [&MARKER[..], &MARKER].concat();
     let length = (20 + 8 + payload.len()) as u16;
     let mut ip = vec![0x45, 0];

@@ -9,13 +9,13 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::Value;
 
-pub const TOKEN: &str = "my-cluster-password";
-pub const MILLISECOND: Duration = Duration::from_millis(1);
+pub(crate) const TOKEN: &str = "my-cluster-password";
+pub(crate) const MILLISECOND: Duration = Duration::from_millis(1);
 /// Time limit for everything that waits for no timer, generous for a loaded machine.
-pub const TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Builds a lab and runs a test in it. Appends the last lines of the daemons' logs to an error.
-pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+pub(crate) fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     const LINES: usize = 25;
     let lab = builder.build()?;
     test(&lab).map_err(|error| {
@@ -34,19 +34,19 @@ pub fn in_lab(builder: lab::Builder, test: impl FnOnce(&Lab) -> Result<()>) -> R
 }
 
 /// Runs `overnode launch` with the host's number as the ID and every host as a target.
-pub fn launch(lab: &Lab, host: &Host) -> Result<String> {
+pub(crate) fn launch(lab: &Lab, host: &Host) -> Result<String> {
     launch_as(lab, host, host.number)
 }
 
 /// Runs `overnode launch` with this ID and every host as a target.
-pub fn launch_as(lab: &Lab, host: &Host, id: usize) -> Result<String> {
+pub(crate) fn launch_as(lab: &Lab, host: &Host, id: usize) -> Result<String> {
     let id = id.to_string();
     let targets = lab.targets();
     host.overnode(&[&["launch", "--id", &id, "--token", TOKEN], &targets[..]].concat())?.success()
 }
 
 /// Launches every host's node and waits until each has a data session with every other.
-pub fn launch_all(lab: &Lab) -> Result<()> {
+pub(crate) fn launch_all(lab: &Lab) -> Result<()> {
     for host in lab.hosts() {
         launch(lab, host)?;
     }
@@ -54,7 +54,7 @@ pub fn launch_all(lab: &Lab) -> Result<()> {
 }
 
 /// Waits until each node has a data session with every other.
-pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
+pub(crate) fn wait_for_sessions(lab: &Lab) -> Result<()> {
     for host in lab.hosts() {
         for other in lab.hosts().iter().filter(|other| other.number != host.number) {
             eventually(TIMEOUT, || {
@@ -75,7 +75,7 @@ pub fn wait_for_sessions(lab: &Lab) -> Result<()> {
 }
 
 /// Waits until the host's node reaches this many nodes, including itself.
-pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
+pub(crate) fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
     eventually(TIMEOUT * 2, || {
         let status = host.status()?;
         let reachable =
@@ -86,17 +86,17 @@ pub fn wait_for_peers(host: &Host, count: usize) -> Result<()> {
 }
 
 /// Returns the status of the peer with this ID, as a host's node reports it.
-pub fn peer(host: &Host, id: usize) -> Result<Option<Value>> {
+pub(crate) fn peer(host: &Host, id: usize) -> Result<Option<Value>> {
     Ok(list(&host.status()?, "peers")?.iter().find(|peer| peer["id"] == id).cloned())
 }
 
 /// Returns a list of the status document.
-pub fn list<'a>(status: &'a Value, name: &str) -> Result<&'a Vec<Value>> {
+pub(crate) fn list<'a>(status: &'a Value, name: &str) -> Result<&'a Vec<Value>> {
     status[name].as_array().with_context(|| format!("the status has no list {name:?}"))
 }
 
 /// Returns a counter of a host's programs.
-pub fn counter(host: &Host, reason: &str) -> Result<u64> {
+pub(crate) fn counter(host: &Host, reason: &str) -> Result<u64> {
     let status = host.status()?;
     let counters = list(&status, "counters")?;
     Ok(counters
@@ -107,7 +107,7 @@ pub fn counter(host: &Host, reason: &str) -> Result<u64> {
 }
 
 /// Returns the targets of a host's node as they were given, sorted.
-pub fn targets(host: &Host) -> Result<Vec<String>> {
+pub(crate) fn targets(host: &Host) -> Result<Vec<String>> {
     let status = host.status()?;
     let mut targets: Vec<String> = list(&status, "targets")?
         .iter()
@@ -119,25 +119,25 @@ pub fn targets(host: &Host) -> Result<Vec<String>> {
 
 /// Returns the interface that containers reach the node's name server through. Its name contains
 /// the node's address, which is 10.39.240.0 plus the ID.
-pub fn dns_interface(host: &Host) -> String {
+pub(crate) fn dns_interface(host: &Host) -> String {
     format!("ov0a27f0{:02x}", host.number)
 }
 
 /// Returns a new container of the host, attached.
-pub fn attached(host: &Host, name: &str) -> Result<Container> {
+pub(crate) fn attached(host: &Host, name: &str) -> Result<Container> {
     let container = host.container(name)?;
     host.attach(&container, &[])?;
     Ok(container)
 }
 
 /// Attaches a container on each host. Returns them in the order of the hosts.
-pub fn one_each(lab: &Lab) -> Result<Vec<Container>> {
+pub(crate) fn one_each(lab: &Lab) -> Result<Vec<Container>> {
     lab.hosts().iter().map(|host| attached(host, "c")).collect()
 }
 
 /// Launches every host's node and attaches a container on each. Returns the containers in the order
 /// of the hosts, once they all reach each other.
-pub fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
+pub(crate) fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
     launch_all(lab)?;
     let containers = one_each(lab)?;
     all_reach_all(&containers)?;
@@ -145,7 +145,7 @@ pub fn launch_containers(lab: &Lab) -> Result<Vec<Container>> {
 }
 
 /// Waits until every container reaches every other.
-pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
+pub(crate) fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
     for from in containers.iter().map(Borrow::borrow) {
         for to in containers.iter().map(Borrow::borrow) {
             if from.address() != to.address() {
@@ -157,7 +157,7 @@ pub fn all_reach_all<T: Borrow<Container>>(containers: &[T]) -> Result<()> {
 }
 
 /// Fails if two containers have the same address.
-pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) -> Result<()> {
+pub(crate) fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) -> Result<()> {
     let mut owners = BTreeMap::new();
     for container in containers {
         let (address, name) = (container.address(), container.netns().name());
@@ -169,7 +169,7 @@ pub fn ensure_unique<'a>(containers: impl IntoIterator<Item = &'a Container>) ->
 }
 
 /// Returns true for an address of the container network.
-pub fn is_overlay(address: IpAddr) -> bool {
+pub(crate) fn is_overlay(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.octets()[0] == 10 && (32..48).contains(&v4.octets()[1]),
         IpAddr::V6(_) => false,
@@ -178,7 +178,7 @@ pub fn is_overlay(address: IpAddr) -> bool {
 
 /// Fails if the capture is incomplete, has no data message, or shows anything that containers sent:
 /// their payload, or a packet with one of their addresses.
-pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
+pub(crate) fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
     ensure!(captured.missed == 0, "the capture missed {} packets", captured.missed);
     let data = captured.count(|packet| packet.wireguard_type() == Some(4))?;
     ensure!(data > 0, "no data message was captured");
@@ -186,7 +186,7 @@ pub fn ensure_sealed(captured: &lab::capture::Captured) -> Result<()> {
 }
 
 /// Like [`ensure_sealed`], but data messages are not required.
-pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
+pub(crate) fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
     let plain = captured.containing(&lab::flow::MARKER)?;
     ensure!(
         plain.is_empty(),
@@ -201,7 +201,7 @@ pub fn ensure_nothing_plain(captured: &lab::capture::Captured) -> Result<()> {
 }
 
 /// Returns whether a host's workers serve all other nodes.
-pub fn serves(host: &Host) -> Result<bool> {
+pub(crate) fn serves(host: &Host) -> Result<bool> {
     let status = host.status()?;
     let mut others =
         status["peers"].as_array().into_iter().flatten().filter(|peer| peer["myself"] == false);
@@ -209,7 +209,7 @@ pub fn serves(host: &Host) -> Result<bool> {
 }
 
 /// Waits until the workers of all hosts serve each other.
-pub fn wait_for_workers(lab: &Lab) -> Result<()> {
+pub(crate) fn wait_for_workers(lab: &Lab) -> Result<()> {
     wait_for_sessions(lab)?;
     lab.hosts().iter().try_for_each(|host| {
         eventually(TIMEOUT, || {

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use lab::{Container, Host, Lab, eventually};
 use serde_json::{Value, json};
 
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
-pub struct Call<'a> {
+pub(crate) struct Call<'a> {
     pub host: &'a Host,
     pub container: &'a str,
     pub netns: String,
@@ -19,19 +19,19 @@ pub struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    pub fn new(host: &'a Host, container: &'a Container) -> Self {
+    pub(crate) fn new(host: &'a Host, container: &'a Container) -> Self {
         let netns = container.netns().path().to_string_lossy().into_owned();
         Self { host, container: &container.name, netns, ifname: "eth0", args: "" }
     }
 
     /// Runs the plugin. Returns whether it succeeded, and its output.
-    pub fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
+    pub(crate) fn run(&self, command: &str, more: &Value) -> Result<(bool, Value)> {
         // dash has no `exec -a`.
         self.run_as("bash", &["-c", "exec -a overnode-cni overnode"], command, more)
     }
 
     /// Runs a stock plugin in the same way, which must succeed.
-    pub fn stock(&self, plugin: &str, command: &str, more: &Value) -> Result<Value> {
+    pub(crate) fn stock(&self, plugin: &str, command: &str, more: &Value) -> Result<Value> {
         let (success, value) =
             self.run_as(&format!("/usr/lib/cni/{plugin}"), &[], command, more)?;
         ensure!(success, "{plugin} {command}: {value}");
@@ -69,13 +69,13 @@ impl<'a> Call<'a> {
         Ok((output.status.success(), value))
     }
 
-    pub fn done(&self, command: &str, more: &Value) -> Result<Value> {
+    pub(crate) fn done(&self, command: &str, more: &Value) -> Result<Value> {
         let (success, value) = self.run(command, more)?;
         ensure!(success, "{command}: {value}");
         Ok(value)
     }
 
-    pub fn refused(&self, command: &str, more: &Value, code: u64) -> Result<()> {
+    pub(crate) fn refused(&self, command: &str, more: &Value, code: u64) -> Result<()> {
         let (success, value) = self.run(command, more)?;
         ensure!(!success && value["code"] == code, "{command}: {value} instead of {code}");
         Ok(())
@@ -83,17 +83,17 @@ impl<'a> Call<'a> {
 }
 
 /// Returns the first object extended by the keys of the second.
-pub fn extended(base: &Value, more: &Value) -> Result<Value> {
+pub(crate) fn extended(base: &Value, more: &Value) -> Result<Value> {
     let mut base = base.as_object().context("not a JSON object")?.clone();
     base.extend(more.as_object().context("not a JSON object")?.clone());
     Ok(Value::Object(base))
 }
 
-pub fn launched(name: &str, hosts: usize) -> Result<Lab> {
+pub(crate) fn launched(name: &str, hosts: usize) -> Result<Lab> {
     launched_with(name, hosts, &[])
 }
 
-pub fn launched_with(name: &str, hosts: usize, options: &[&str]) -> Result<Lab> {
+pub(crate) fn launched_with(name: &str, hosts: usize, options: &[&str]) -> Result<Lab> {
     let lab = Lab::new(name).hosts(hosts).build()?;
     for (id, host) in (1..).zip(lab.hosts()) {
         let id = i32::to_string(&id);
@@ -108,7 +108,7 @@ pub fn launched_with(name: &str, hosts: usize, options: &[&str]) -> Result<Lab> 
     Ok(lab)
 }
 
-pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
+pub(crate) fn endpoints(host: &Host) -> Result<Vec<Value>> {
     Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
 }
 

@@ -6,9 +6,9 @@ use anyhow::{Result, ensure};
 use lab::podman::{IMAGE, Podman};
 use lab::{Host, Lab, eventually};
 
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
-pub fn nothing_left(host: &Host) -> Result<()> {
+pub(crate) fn nothing_left(host: &Host) -> Result<()> {
     eventually(TIMEOUT, || {
         let status = host.status()?;
         ensure!(
@@ -26,7 +26,7 @@ pub fn nothing_left(host: &Host) -> Result<()> {
 }
 
 /// Runs a test with podman and a node on each of two hosts. Prints the nodes' logs if it fails.
-pub fn with_podmans(
+pub(crate) fn with_podmans(
     name: &str,
     test: impl FnOnce(&Lab, &Podman<'_>, &Podman<'_>) -> Result<()>,
 ) -> Result<()> {

@@ -18,7 +18,7 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// State of the demo.
-pub struct Story<'a> {
+pub(crate) struct Story<'a> {
     lab: &'a Lab,
     capture: Option<Capture>,
     containers: Vec<Container>,
@@ -28,7 +28,7 @@ pub struct Story<'a> {
 
 impl<'a> Story<'a> {
     /// Starts the demo on hosts that never had a node.
-    pub fn new(lab: &'a Lab) -> Result<Self> {
+    pub(crate) fn new(lab: &'a Lab) -> Result<Self> {
         println!("Three hosts, as network namespaces on one bridge; real daemons, real packets.\n");
         let capture = Some(lab.capture()?);
         Ok(Self { lab, capture, containers: Vec::new(), step: 0, since: Instant::now() })
@@ -38,7 +38,7 @@ impl<'a> Story<'a> {
     ///
     /// # Errors
     /// The first claim that does not hold.
-    pub fn tell(mut self) -> Result<()> {
+    pub(crate) fn tell(mut self) -> Result<()> {
         self.launch()?;
         self.attach()?;
         self.ping_everything()?;

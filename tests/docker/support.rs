@@ -8,11 +8,11 @@ use lab::{Host, Lab, eventually};
 use overnode_core::attachment::host_interface;
 use serde_json::Value;
 
-pub const TIMEOUT: Duration = Duration::from_secs(60);
-pub const TOKEN: &str = "docker test";
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const TOKEN: &str = "docker test";
 
 /// Runs a test with an engine and a node on each host. Prints their logs if it fails.
-pub fn with_engines(
+pub(crate) fn with_engines(
     name: &str,
     hosts: usize,
     test: impl FnOnce(&Lab, &mut [Engine<'_>]) -> Result<()>,
@@ -38,7 +38,7 @@ fn launch_all(lab: &Lab, engines: &[Engine<'_>]) -> Result<()> {
 }
 
 /// Launches the node of an engine's host.
-pub fn launch(lab: &Lab, engine: &Engine<'_>, id: usize, options: &[&str]) -> Result<()> {
+pub(crate) fn launch(lab: &Lab, engine: &Engine<'_>, id: usize, options: &[&str]) -> Result<()> {
     let id = id.to_string();
     let mut words = vec!["launch", "--id", &id, "--token", TOKEN];
     words.extend(options);
@@ -48,12 +48,12 @@ pub fn launch(lab: &Lab, engine: &Engine<'_>, id: usize, options: &[&str]) -> Re
 }
 
 /// Returns the attachments that `status` lists.
-pub fn endpoints(host: &Host) -> Result<Vec<Value>> {
+pub(crate) fn endpoints(host: &Host) -> Result<Vec<Value>> {
     Ok(host.status()?["endpoints"].as_array().context("no list of endpoints")?.clone())
 }
 
 /// Waits until an attachment with this name is listed with its image.
-pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
+pub(crate) fn endpoint(host: &Host, name: &str) -> Result<Value> {
     eventually(TIMEOUT, || {
         endpoints(host)?
             .into_iter()
@@ -63,7 +63,7 @@ pub fn endpoint(host: &Host, name: &str) -> Result<Value> {
 }
 
 /// Waits until no attachment, address or interface of a container is left on the host.
-pub fn nothing_left(host: &Host) -> Result<()> {
+pub(crate) fn nothing_left(host: &Host) -> Result<()> {
     eventually(TIMEOUT, || {
         let left = endpoints(host)?;
         ensure!(left.is_empty(), "{} still lists {left:?}", host.name);

@@ -22,7 +22,7 @@ mod wire;
 
 /// A fuzz target.
 #[derive(Clone, Copy)]
-pub struct Target {
+pub(crate) struct Target {
     /// Name of the target, and of its folder in `corpus` and in `regressions`.
     pub name: &'static str,
     /// Runs the target.
@@ -33,7 +33,7 @@ pub struct Target {
 }
 
 /// All targets. `xtask/src/fuzz.rs` lists the same names.
-pub const TARGETS: [Target; 13] = [
+pub(crate) const TARGETS: [Target; 13] = [
     Target { name: "gossip", body: gossip::run, seeds: gossip::seeds },
     Target { name: "handshake", body: handshake::run, seeds: handshake::seeds },
     Target { name: "control", body: control::run, seeds: control::seeds },

@@ -24,7 +24,7 @@ const STOCK_PORT: u16 = 51820;
 
 /// The side that knows the other one's endpoint and therefore has to initiate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Begins {
+pub(crate) enum Begins {
     /// The stock program initiates the handshake.
     Stock,
     /// The node initiates the handshake, and the stock program responds.
@@ -33,7 +33,7 @@ pub enum Begins {
 
 /// Configuration of a meeting.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     stock: Stock,
     begins: Begins,
     preshared: bool,
@@ -43,19 +43,19 @@ pub struct Plan {
 
 impl Plan {
     /// Gives both sides the same preshared key.
-    pub fn preshared(mut self) -> Self {
+    pub(crate) fn preshared(mut self) -> Self {
         self.preshared = true;
         self
     }
 
     /// Gives the stock program a different preshared key from the node's.
-    pub fn mistaken(mut self) -> Self {
+    pub(crate) fn mistaken(mut self) -> Self {
         self.mistaken = true;
         self
     }
 
     /// Gives the hosts only IPv6 addresses.
-    pub fn ipv6(mut self) -> Self {
+    pub(crate) fn ipv6(mut self) -> Self {
         self.family = Family::V6;
         self
     }
@@ -64,7 +64,7 @@ impl Plan {
     ///
     /// # Errors
     /// When a program is missing or fails.
-    pub fn hold(self) -> Result<Meeting> {
+    pub(crate) fn hold(self) -> Result<Meeting> {
         let name = format!("{}, {:?} initiates", self.stock, self.begins);
         self.try_to_hold().with_context(|| name)
     }
@@ -134,7 +134,7 @@ fn add(
 }
 
 /// A node and a stock program that are configured as peers. The fields are dropped in this order.
-pub struct Meeting {
+pub(crate) struct Meeting {
     /// The node's container.
     pub inside: Container,
     /// The container behind the stock program.
@@ -151,7 +151,7 @@ pub struct Meeting {
 impl Meeting {
     /// Returns a plan over IPv4 without a preshared key.
     #[expect(clippy::new_ret_no_self, reason = "the plan is the only way to a meeting")]
-    pub fn new(stock: Stock, begins: Begins) -> Plan {
+    pub(crate) fn new(stock: Stock, begins: Begins) -> Plan {
         Plan { stock, begins, preshared: false, mistaken: false, family: Family::V4 }
     }
 
@@ -159,7 +159,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When no ping is answered within 15 seconds, or when pings pass without a handshake.
-    pub fn is_up(&self) -> Result<()> {
+    pub(crate) fn is_up(&self) -> Result<()> {
         let (from, to) = match self.plan.begins {
             Begins::Stock => (&self.outside, &self.inside),
             Begins::Node => (&self.inside, &self.outside),
@@ -180,7 +180,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When a ping is lost or duplicated.
-    pub fn passes_pings(&self) -> Result<()> {
+    pub(crate) fn passes_pings(&self) -> Result<()> {
         for (from, to) in [(&self.inside, &self.outside), (&self.outside, &self.inside)] {
             let pings = from.ping(to.address(), 500, Duration::from_millis(2))?;
             ensure!(
@@ -197,7 +197,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When any of these checks fails.
-    pub fn exchanges_everything(mut self) -> Result<()> {
+    pub(crate) fn exchanges_everything(mut self) -> Result<()> {
         const BYTES: u64 = 100_000_000;
         let capture = self.lab.capture()?;
         self.is_up()?;
@@ -235,7 +235,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When the command fails.
-    pub fn remove(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         self.node().overnode(&["peer", "remove", &self.key])?.success().map(drop)
     }
 
@@ -243,7 +243,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When the node does not answer.
-    pub fn count(&self, reason: &str) -> Result<u64> {
+    pub(crate) fn count(&self, reason: &str) -> Result<u64> {
         let status = self.node().status()?;
         let counters = status["counters"].as_array().context("no counters")?;
         let counter = counters.iter().find(|counter| counter["reason"] == reason);
@@ -255,7 +255,7 @@ impl Meeting {
     ///
     /// # Errors
     /// When the node does not answer.
-    pub fn counters(&self) -> Result<String> {
+    pub(crate) fn counters(&self) -> Result<String> {
         let status = self.node().status()?;
         let mut text = String::from("counters:");
         for counter in status["counters"].as_array().into_iter().flatten() {

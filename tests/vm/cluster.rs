@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{TIMEOUT, TOKEN, datagrams, ensure_no, in_lab, pings_both_ways, step};
 
 /// Runs the test over both families of the underlay, and with XDP.
-pub fn run() -> Result<()> {
+pub(crate) fn run() -> Result<()> {
     for (name, family, options) in [
         ("IPv4", Family::V4, &[][..]),
         ("IPv6", Family::V6, &[]),

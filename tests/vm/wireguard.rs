@@ -30,7 +30,7 @@ enum Initiator {
 }
 
 /// Tests each side as the initiator, over IPv4 and IPv6, with a preshared key and without.
-pub fn run() -> Result<()> {
+pub(crate) fn run() -> Result<()> {
     for (initiator, family, preshared) in [
         (Initiator::Node, Family::V4, true),
         (Initiator::Kernel, Family::V4, false),
@@ -50,7 +50,7 @@ pub fn run() -> Result<()> {
 
 /// Tests a rekey, which WireGuard does after 120 seconds. Both roles run in parallel, with pings
 /// that last 15 seconds longer.
-pub fn rekey() -> Result<()> {
+pub(crate) fn rekey() -> Result<()> {
     const INTERVAL: Duration = Duration::from_millis(50);
     const PINGS: u32 = 2700;
     let watch = |initiator: Initiator| -> Result<()> {

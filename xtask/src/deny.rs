@@ -85,7 +85,7 @@ struct Dependency {
 ///
 /// # Errors
 /// Returns an error that lists all violations, one per line.
-pub fn check(workspace: &Workspace) -> Result<()> {
+pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     let rules = std::fs::read_to_string(workspace.root.join("deny.toml")).context("deny.toml")?;
     let rules: Rules = toml::from_str(&rules).context("deny.toml")?;
     let mut cargo = workspace.cargo();

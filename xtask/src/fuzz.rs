@@ -38,7 +38,7 @@ const TRIPLE: &str = "aarch64-unknown-linux-gnu";
     cargo xtask fuzz gossip --input FILE      run one input again, with a backtrace\n\n\
     A finding is written to tests/fuzz/regressions/TARGET: `cargo xtask test` fails until it is \
     fixed.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Targets to fuzz [default: all, one after the other]
     #[arg(value_name = "TARGET", value_enum)]
     targets: Vec<Target>,
@@ -126,7 +126,7 @@ impl Target {
 ///
 /// # Errors
 /// Returns an error if something is missing and cannot be installed, or if there are findings.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&[("c++", "g++")])?;
     let workspace = Workspace::find()?;

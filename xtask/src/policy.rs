@@ -23,7 +23,7 @@ const SHOWN: usize = 40;
 ///
 /// # Errors
 /// The findings, each with its file and line.
-pub fn check(root: &Path) -> Result<()> {
+pub(crate) fn check(root: &Path) -> Result<()> {
     let mut findings = Vec::new();
     for file in files(root)? {
         let Some(kind) = Kind::of(&file) else { continue };

@@ -20,7 +20,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// What the machine must be ready for. Each level includes the previous ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// Building.
     Build,
     /// Running hosts as network namespaces: needs system programs and root.
@@ -71,7 +71,7 @@ const RIVALS: [(&str, &str, &str); 2] =
 /// # Errors
 /// Returns an error if something is missing and cannot be installed, such as without root or on a
 /// system other than Debian. The message lists the commands to type.
-pub fn run(purpose: Purpose) -> Result<()> {
+pub(crate) fn run(purpose: Purpose) -> Result<()> {
     let machine = Machine::look();
     let mut packages: Vec<String> = Vec::new();
     for (program, package, needed_by) in PROGRAMS {
@@ -116,7 +116,7 @@ pub fn run(purpose: Purpose) -> Result<()> {
 ///
 /// # Errors
 /// Returns an error under the same conditions as [`run`].
-pub fn programs(wanted: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     let missing = wanted.iter().filter(|(program, _)| find(program).is_none());
     let mut packages: Vec<String> = missing.map(|(_, package)| (*package).to_owned()).collect();
     packages.dedup();
@@ -185,7 +185,7 @@ impl Machine {
 }
 
 /// Returns an `apt-get` command that never prompts and waits for the dpkg lock.
-pub fn apt() -> Command {
+pub(crate) fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     apt.args([
@@ -295,7 +295,7 @@ fn mount_bpffs() -> Result<()> {
 
 /// Returns the path of a program, from `PATH`, from cargo's directory of installed programs or from
 /// Debian's directories for root.
-pub fn find(program: &str) -> Option<PathBuf> {
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(cargo_programs())

@@ -7,14 +7,14 @@ use anyhow::{Context, Result, bail};
 
 /// A step that takes noticeably long.
 #[derive(Debug)]
-pub struct Step {
+pub(crate) struct Step {
     what: String,
     started: Instant,
 }
 
 impl Step {
     /// Announces the step.
-    pub fn start(what: impl Into<String>) -> Self {
+    pub(crate) fn start(what: impl Into<String>) -> Self {
         let what = what.into();
         eprintln!("==> {what}");
         Self { what, started: Instant::now() }
@@ -24,14 +24,14 @@ impl Step {
     ///
     /// # Errors
     /// Returns an error if the command cannot be started or does not exit with 0.
-    pub fn show(self, command: &mut Command) -> Result<()> {
+    pub(crate) fn show(self, command: &mut Command) -> Result<()> {
         show(command)?;
         self.done();
         Ok(())
     }
 
     /// Reports how long the step took.
-    pub fn done(self) {
+    pub(crate) fn done(self) {
         eprintln!("    {}: {}", self.what, seconds(self.started.elapsed()));
     }
 }
@@ -40,7 +40,7 @@ impl Step {
 ///
 /// # Errors
 /// Returns an error if the command cannot be started or does not exit with 0.
-pub fn show(command: &mut Command) -> Result<()> {
+pub(crate) fn show(command: &mut Command) -> Result<()> {
     let text = describe(command);
     let status = command
         .stdin(Stdio::null())
@@ -53,7 +53,7 @@ pub fn show(command: &mut Command) -> Result<()> {
 }
 
 /// Returns the command line, with its environment variables, as a user would type it.
-pub fn describe(command: &Command) -> String {
+pub(crate) fn describe(command: &Command) -> String {
     let mut words: Vec<String> = command
         .get_envs()
         .filter_map(|(name, value)| {
@@ -66,7 +66,7 @@ pub fn describe(command: &Command) -> String {
 }
 
 /// Formats a duration, as in `0.4 s`, `12 s` or `3 min 20 s`.
-pub fn seconds(time: Duration) -> String {
+pub(crate) fn seconds(time: Duration) -> String {
     match time.as_secs() {
         0..10 => format!("{:.1} s", time.as_secs_f32()),
         10..60 => format!("{:.0} s", time.as_secs_f32()),

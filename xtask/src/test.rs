@@ -13,7 +13,7 @@ use crate::workspace::Workspace;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Run only tests whose names contain one of these, and skip formatting, dependencies and
     /// clippy.
     #[arg(value_name = "FILTER")]
@@ -32,7 +32,7 @@ struct Summary {
 ///
 /// # Errors
 /// Returns an error if a step fails. A failed test does not prevent the other tests from running.
-pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     if arguments.filters.is_empty() {
         Step::start("check the formatting")

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// The paths of this workspace.
 #[derive(Debug)]
-pub struct Workspace {
+pub(crate) struct Workspace {
     /// The directory of the top-level `Cargo.toml`.
     pub root: PathBuf,
     /// Cargo's target directory.
@@ -17,7 +17,7 @@ pub struct Workspace {
 
 impl Workspace {
     /// Asks cargo for the paths.
-    pub fn find() -> Result<Self> {
+    pub(crate) fn find() -> Result<Self> {
         let mut cargo = Command::new(cargo_program());
         cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]);
         cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
@@ -35,7 +35,7 @@ impl Workspace {
     }
 
     /// Returns a command for the cargo that runs this program, in the workspace's root.
-    pub fn cargo(&self) -> Command {
+    pub(crate) fn cargo(&self) -> Command {
         let mut cargo = Command::new(cargo_program());
         cargo.current_dir(&self.root);
         cargo

@@ -11,7 +11,7 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 /// An interface, with one of its addresses if it has any.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Interface {
+pub(super) struct Interface {
     /// Name.
     pub name: String,
     /// IPv4 address. An interface with several addresses is listed once for each.
@@ -24,7 +24,7 @@ pub struct Interface {
 ///
 /// # Errors
 /// Fails if the namespace cannot be entered or its interfaces cannot be listed.
-pub fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
+pub(super) fn interfaces(netns: &str) -> Result<Option<Vec<Interface>>, String> {
     // Opening a pipe of that name would otherwise block forever.
     let Ok(file) = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(netns)
     else {

@@ -13,7 +13,7 @@ use crate::options::{Attach, Context, Detach, Expose};
 /// # Errors
 /// Fails if the container does not exist or is not running, or the daemon is not running or
 /// refuses.
-pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
+pub(super) async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure> {
     require_root("attach")?;
     let mut request = api::Attach {
         target: wanted.target,
@@ -43,7 +43,7 @@ pub async fn attach(context: &Context, wanted: Attach) -> Result<String, Failure
 ///
 /// # Errors
 /// Fails if nothing of that name is attached, or the daemon is not running or refuses.
-pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure> {
+pub(super) async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure> {
     require_root("detach")?;
     let target = match wanted.target {
         // A container that its engine no longer knows can still be detached by its name or full ID.
@@ -61,7 +61,7 @@ pub async fn detach(context: &Context, wanted: Detach) -> Result<String, Failure
 ///
 /// # Errors
 /// Fails if the host already has another address, or the daemon is not running or refuses.
-pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
+pub(super) async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure> {
     require_root("expose")?;
     let request = api::Attach {
         target: Target::Host,
@@ -78,7 +78,7 @@ pub async fn expose(context: &Context, wanted: Expose) -> Result<String, Failure
 ///
 /// # Errors
 /// Fails if the host has no address, or the daemon is not running or refuses.
-pub async fn hide(context: &Context) -> Result<String, Failure> {
+pub(super) async fn hide(context: &Context) -> Result<String, Failure> {
     require_root("hide")?;
     Client::new(context)
         .post::<routes::Detach>(&api::Detach { target: Target::Host, cni: None })

@@ -11,7 +11,7 @@ use crate::options::{Context, DnsAdd, DnsLookup, DnsRemove};
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
+pub(super) async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
     require_root("dns-add")?;
     let request = api::DnsAdd { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post::<routes::DnsAdd>(&request).await.map(|now| describe(&now))
@@ -21,7 +21,7 @@ pub async fn add(context: &Context, wanted: DnsAdd) -> Result<String, Failure> {
 ///
 /// # Errors
 /// Fails if they were not added on this node, or the daemon is not running or refuses.
-pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Failure> {
+pub(super) async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Failure> {
     require_root("dns-remove")?;
     let request = api::DnsRemove { name: wanted.name, addresses: wanted.addresses };
     Client::new(context).post::<routes::DnsRemove>(&request).await.map(|now| describe(&now))
@@ -31,7 +31,7 @@ pub async fn remove(context: &Context, wanted: DnsRemove) -> Result<String, Fail
 ///
 /// # Errors
 /// Fails if the name has no address, or the daemon is not running.
-pub async fn lookup(context: &Context, wanted: DnsLookup) -> Result<String, Failure> {
+pub(super) async fn lookup(context: &Context, wanted: DnsLookup) -> Result<String, Failure> {
     let found: DnsAddresses = Client::new(context)
         .post::<routes::DnsLookup>(&api::DnsLookup { name: wanted.name })
         .await?;

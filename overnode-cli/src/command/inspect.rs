@@ -11,6 +11,6 @@ use crate::render;
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn run(context: &Context) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context) -> Result<String, Failure> {
     Ok(render::json(&Client::new(context).get::<routes::Inspect>().await?))
 }

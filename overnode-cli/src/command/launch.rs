@@ -18,7 +18,7 @@ use crate::strength::weakness;
 ///
 /// # Errors
 /// Fails if the node does not run as requested afterwards.
-pub async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: Launch) -> Result<String, Failure> {
     let token = token(&wanted)?;
     require_root("launch")?;
     let warnings: Vec<String> =

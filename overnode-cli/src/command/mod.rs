@@ -12,7 +12,7 @@ mod reset;
 mod resume;
 mod status;
 mod targets;
-pub mod token;
+pub(crate) mod token;
 mod version;
 
 use std::fmt;
@@ -32,7 +32,7 @@ const SECRET_LIMIT: u64 = 8192;
 ///
 /// # Errors
 /// Fails if the command cannot be carried out.
-pub async fn run(context: &Context, command: Command) -> Result<String, Failure> {
+pub(crate) async fn run(context: &Context, command: Command) -> Result<String, Failure> {
     match command {
         Command::Launch(wanted) => launch::run(context, wanted).await,
         Command::Connect(wanted) => targets::connect(context, wanted).await,

@@ -15,7 +15,7 @@ use crate::render;
 ///
 /// # Errors
 /// Fails if the daemon is not running, refuses or ends, or if standard output cannot be written.
-pub async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: &Monitor) -> Result<String, Failure> {
     let no_signal = |error| Failure::failed(format_args!("cannot listen for signals: {error}"));
     let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(no_signal)?;

@@ -14,7 +14,7 @@ use crate::render::{self, Style};
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: Peer) -> Result<String, Failure> {
     let client = Client::new(context);
     match wanted {
         Peer::Add(wanted) => add(&client, wanted).await,

@@ -15,7 +15,7 @@ const POLL: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 /// Fails if it cannot within the given time, or the daemon is not running.
-pub async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: &Prime) -> Result<String, Failure> {
     let client = Client::new(context);
     let begun = Instant::now();
     loop {

@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(250);
 /// # Errors
 /// Fails if that node is reachable or unknown, if another node already reclaims it, if not all
 /// nodes agree within the given time, or if the daemon is not running.
-pub async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: &Reclaim) -> Result<String, Failure> {
     require_root("reclaim")?;
     let client = Client::new(context);
     let begun = Instant::now();

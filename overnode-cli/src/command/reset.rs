@@ -14,7 +14,7 @@ use crate::start;
 /// # Errors
 /// Fails if containers are attached and `force` was not given, or if something could not be
 /// removed.
-pub async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: &Reset) -> Result<String, Failure> {
     require_root("reset")?;
     let client = Client::new(context);
     let Some(version) = client.running().await? else {

@@ -11,7 +11,7 @@ use crate::start;
 ///
 /// # Errors
 /// Fails if no node was launched, or if it does not start.
-pub async fn run(context: &Context) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context) -> Result<String, Failure> {
     require_root("resume")?;
     let client = Client::new(context);
     let never = || Failure::failed(Presence::Never.not_running(client.socket()));

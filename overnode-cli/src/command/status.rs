@@ -12,7 +12,7 @@ use crate::render::{self, Section, Style};
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context, wanted: &Status) -> Result<String, Failure> {
     let client = Client::new(context);
     let sections = sections(wanted);
     if !wanted.json {

@@ -11,7 +11,7 @@ use crate::options::{Connect, Context, Forget};
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
+pub(super) async fn connect(context: &Context, wanted: Connect) -> Result<String, Failure> {
     require_root("connect")?;
     let request = api::Connect { hosts: wanted.hosts, replace: wanted.replace };
     Client::new(context).post::<routes::Connect>(&request).await.map(describe)
@@ -21,7 +21,7 @@ pub async fn connect(context: &Context, wanted: Connect) -> Result<String, Failu
 ///
 /// # Errors
 /// Fails if the daemon is not running or refuses.
-pub async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
+pub(super) async fn forget(context: &Context, wanted: Forget) -> Result<String, Failure> {
     require_root("forget")?;
     Client::new(context)
         .post::<routes::Forget>(&api::Forget { hosts: wanted.hosts })

@@ -13,7 +13,7 @@ const BYTES: usize = 30;
 ///
 /// # Errors
 /// Fails if the kernel provides no randomness.
-pub fn run() -> Result<String, Failure> {
+pub(crate) fn run() -> Result<String, Failure> {
     loop {
         let mut bytes = [0; BYTES];
         OsRng.try_fill_bytes(&mut bytes).map_err(|error| {

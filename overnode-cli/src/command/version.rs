@@ -10,7 +10,7 @@ use crate::options::Context;
 ///
 /// # Errors
 /// Never fails. The text says if the daemon does not answer.
-pub async fn run(context: &Context) -> Result<String, Failure> {
+pub(super) async fn run(context: &Context) -> Result<String, Failure> {
     let client = Client::new(context);
     let daemon = match client.try_get::<routes::Version>().await {
         Ok(version) => describe(&version),

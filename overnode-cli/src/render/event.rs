@@ -9,7 +9,7 @@ use overnode_api::{
 use super::grid::Tone;
 
 /// Formats an event as a line, with its line break: time, kind and description.
-pub fn event(event: &MonitorEvent, color: bool) -> String {
+pub(crate) fn event(event: &MonitorEvent, color: bool) -> String {
     let (tone, kind, text) = words(&event.what);
     // Text from other hosts and containers must not control the terminal.
     let text: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();

@@ -17,7 +17,7 @@ const GAP: u16 = 2;
 
 /// How tables are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Style {
+pub(crate) struct Style {
     /// Columns of the terminal. `None` if standard output is not a terminal: every row then is one
     /// line.
     pub width: Option<u16>,
@@ -27,7 +27,7 @@ pub struct Style {
 
 /// Meaning of a cell, shown as a color.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tone {
+pub(super) enum Tone {
     /// Neutral.
     Plain,
     /// As it should be (green).
@@ -40,14 +40,14 @@ pub enum Tone {
 
 /// Text and meaning of a cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cell {
+pub(super) struct Cell {
     text: String,
     tone: Tone,
 }
 
 /// Rows under headings. Columns without any text are not shown.
 #[derive(Clone, Debug)]
-pub struct Grid {
+pub(super) struct Grid {
     headings: Vec<&'static str>,
     spare: &'static [&'static str],
     rows: Vec<Vec<Cell>>,
@@ -55,7 +55,7 @@ pub struct Grid {
 
 impl Style {
     /// Returns the style for standard output.
-    pub fn of(context: &Context) -> Self {
+    pub(crate) fn of(context: &Context) -> Self {
         Self { width: context.width, color: context.color }
     }
 }
@@ -63,7 +63,7 @@ impl Style {
 impl Cell {
     /// Creates a cell with a meaning. Control characters are shown as `?`, because text from other
     /// hosts must not control the terminal.
-    pub fn new(text: impl ToString, tone: Tone) -> Self {
+    pub(super) fn new(text: impl ToString, tone: Tone) -> Self {
         let text = text.to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
         Self { text, tone }
     }
@@ -76,29 +76,29 @@ impl<T: ToString> From<T> for Cell {
 }
 
 /// Returns a cell for a value that may be absent.
-pub fn maybe<T: ToString>(value: Option<T>) -> Cell {
+pub(super) fn maybe<T: ToString>(value: Option<T>) -> Cell {
     value.map_or_else(|| Cell::from(""), Cell::from)
 }
 
 impl Grid {
     /// Creates a grid without rows.
-    pub fn new(headings: &[&'static str]) -> Self {
+    pub(super) fn new(headings: &[&'static str]) -> Self {
         Self { headings: headings.to_vec(), spare: &[], rows: Vec::new() }
     }
 
     /// Sets the columns that may be left out, the most dispensable one first.
-    pub fn spare(self, spare: &'static [&'static str]) -> Self {
+    pub(super) fn spare(self, spare: &'static [&'static str]) -> Self {
         Self { spare, ..self }
     }
 
     /// Adds a row, which must have a cell for each heading.
-    pub fn row<const N: usize>(&mut self, cells: [Cell; N]) {
+    pub(super) fn row<const N: usize>(&mut self, cells: [Cell; N]) {
         assert_eq!(N, self.headings.len(), "a row has a cell for each heading");
         self.rows.push(cells.into());
     }
 
     /// Formats the grid as lines. A grid without rows becomes `(none)`.
-    pub fn render(mut self, style: Style) -> String {
+    pub(super) fn render(mut self, style: Style) -> String {
         if self.rows.is_empty() {
             return "(none)\n".to_owned();
         }
@@ -169,7 +169,10 @@ impl Grid {
 }
 
 /// Formats pairs as lines, with names on the left and values on the right.
-pub fn pairs_of<'a>(pairs: impl Iterator<Item = (&'a str, &'a Cell)>, style: Style) -> String {
+pub(super) fn pairs_of<'a>(
+    pairs: impl Iterator<Item = (&'a str, &'a Cell)>,
+    style: Style,
+) -> String {
     let mut table = bare(style, style.width);
     for (name, cell) in pairs {
         table.add_row([TableCell::new(name), styled(&cell.text, cell.tone)]);

@@ -8,12 +8,12 @@ mod units;
 use overnode_api::{ExternalPeerStatus, Status};
 use serde_json::Value;
 
-pub use event::event;
-pub use grid::Style;
+pub(crate) use event::event;
+pub(crate) use grid::Style;
 
 /// A section of `overnode status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Section {
+pub(crate) enum Section {
     /// Shown by `--targets`.
     Targets,
     /// Shown by `--peers`.
@@ -43,7 +43,7 @@ impl Section {
     ];
 
     /// Returns the fields of the JSON document that belong to the section.
-    pub const fn fields(self) -> &'static [&'static str] {
+    pub(crate) const fn fields(self) -> &'static [&'static str] {
         match self {
             Self::Targets => &["targets"],
             Self::Peers => &["peers", "external_peers"],
@@ -69,7 +69,7 @@ impl Section {
 }
 
 /// Formats the selected sections, or the node and all sections if none is selected.
-pub fn status(status: &Status, named: &[Section], style: Style) -> String {
+pub(crate) fn status(status: &Status, named: &[Section], style: Style) -> String {
     if let [section] = named {
         return body(status, *section, true, style);
     }
@@ -89,12 +89,12 @@ pub fn status(status: &Status, named: &[Section], style: Style) -> String {
 }
 
 /// Formats WireGuard peers that are not nodes.
-pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
+pub(crate) fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     sections::external_peers(peers, style)
 }
 
 /// Formats a JSON document with indentation: machine-readable, but still legible.
-pub fn json(document: &Value) -> String {
+pub(crate) fn json(document: &Value) -> String {
     format!("{document:#}\n")
 }
 

@@ -16,7 +16,7 @@ use super::units::{bytes, duration, round_trip, share, since};
 
 /// Formats the problems and what to do about them, one paragraph each, or states that there are
 /// none.
-pub fn health(status: &Status, style: Style) -> String {
+pub(super) fn health(status: &Status, style: Style) -> String {
     let mut pairs: Vec<(&str, Cell)> = Vec::new();
     for finding in &status.health.findings {
         let (name, tone) = match finding.level {
@@ -39,7 +39,7 @@ pub fn health(status: &Status, style: Style) -> String {
 }
 
 /// Formats the facts about this node.
-pub fn node(node: &NodeStatus, style: Style) -> String {
+pub(super) fn node(node: &NodeStatus, style: Style) -> String {
     let state = match node.state {
         NodeState::Starting => Cell::new("starting", Tone::Wait),
         NodeState::Running => Cell::new("running", Tone::Good),
@@ -92,7 +92,7 @@ fn workers(bulk: &WorkersStatus) -> Option<String> {
 }
 
 /// Formats `--targets`.
-pub fn targets(targets: &[TargetStatus], style: Style) -> String {
+pub(super) fn targets(targets: &[TargetStatus], style: Style) -> String {
     let mut grid = Grid::new(&["host", "state", "node", "note"]);
     for target in targets {
         let state = match target.state {
@@ -115,7 +115,7 @@ pub fn targets(targets: &[TargetStatus], style: Style) -> String {
 }
 
 /// Formats `--peers`, with the connections of all nodes if `detailed`.
-pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
+pub(super) fn peers(status: &Status, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&[
         "node", "address", "state", "since", "session", "path", "rtt", "loss", "endpoint", "mtu",
         "received", "sent", "note",
@@ -155,7 +155,7 @@ pub fn peers(status: &Status, detailed: bool, style: Style) -> String {
 }
 
 /// Formats `--connections`.
-pub fn connections(connections: &[ConnectionStatus], style: Style) -> String {
+pub(super) fn connections(connections: &[ConnectionStatus], style: Style) -> String {
     let mut grid = Grid::new(&[
         "",
         "remote",
@@ -224,7 +224,7 @@ fn bit_rate(bits: u64) -> String {
 }
 
 /// Formats `--endpoints`.
-pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
+pub(super) fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
     let now = SystemTime::now();
     let mut grid =
         Grid::new(&["address", "name", "interface", "state", "since", "kind", "image", "target"])
@@ -256,7 +256,7 @@ pub fn endpoints(endpoints: &[EndpointStatus], style: Style) -> String {
 }
 
 /// Formats `--ipam`. Includes problems if `detailed`. Otherwise [`health`] has shown them.
-pub fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
+pub(super) fn ipam(ipam: &IpamStatus, detailed: bool, style: Style) -> String {
     let mut grid = Grid::new(&["node", "addresses", "share", "active", "state"]);
     for owner in &ipam.owners {
         grid.row([
@@ -321,7 +321,7 @@ fn loans(ipam: &IpamStatus, style: Style) -> String {
 }
 
 /// Formats `--dns`.
-pub fn dns(dns: &DnsStatus, style: Style) -> String {
+pub(super) fn dns(dns: &DnsStatus, style: Style) -> String {
     let lead = match (&dns.address, &dns.domain) {
         (Some(address), Some(domain)) if dns.serving => {
             let domains: Vec<&str> = std::iter::once(domain.as_str())
@@ -358,7 +358,7 @@ pub fn dns(dns: &DnsStatus, style: Style) -> String {
 }
 
 /// Formats `--counters`.
-pub fn counters(counters: &[CounterStatus], style: Style) -> String {
+pub(super) fn counters(counters: &[CounterStatus], style: Style) -> String {
     let mut grid = Grid::new(&["reason", "packets", "verdict", "meaning"]);
     for counter in counters.iter().filter(|counter| counter.count > 0) {
         let fate = if counter.dropped { Cell::new("dropped", Tone::Wait) } else { "passed".into() };
@@ -373,7 +373,7 @@ pub fn counters(counters: &[CounterStatus], style: Style) -> String {
 }
 
 /// Formats WireGuard peers that are not nodes.
-pub fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
+pub(super) fn external_peers(peers: &[ExternalPeerStatus], style: Style) -> String {
     let mut grid = Grid::new(&[
         "allowed",
         "name",

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 /// Formats seconds as their two largest units: `45s`, `3m12s`, `3h12m`, `5d4h`.
-pub fn duration(seconds: u64) -> String {
+pub(super) fn duration(seconds: u64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match seconds {
         0..60 => format!("{seconds}s"),
@@ -14,13 +14,13 @@ pub fn duration(seconds: u64) -> String {
 }
 
 /// Formats the time elapsed since a Unix time, in seconds.
-pub fn since(unix_seconds: u64, now: SystemTime) -> String {
+pub(super) fn since(unix_seconds: u64, now: SystemTime) -> String {
     let then = SystemTime::UNIX_EPOCH + Duration::from_secs(unix_seconds.min(u64::from(u32::MAX)));
     duration(now.duration_since(then).map_or(0, |age| age.as_secs()))
 }
 
 /// Formats bytes with three digits: `512 B`, `1.23 KiB`, `45.6 MiB`, `789 GiB`.
-pub fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if count < 1024 {
         return format!("{count} B");
@@ -41,7 +41,7 @@ pub fn bytes(count: u64) -> String {
 
 /// Formats microseconds as milliseconds, because `85µs` is not ASCII: `0.085 ms`, `1.20 ms`,
 /// `34 ms`.
-pub fn round_trip(microseconds: u64) -> String {
+pub(super) fn round_trip(microseconds: u64) -> String {
     let value = microseconds as f64 / 1000.0;
     let decimals = match microseconds {
         0..1000 => 3,
@@ -52,7 +52,7 @@ pub fn round_trip(microseconds: u64) -> String {
 }
 
 /// Formats a percentage, 0 to 100, with at least one significant digit: `25.0%`, `0.018%`, `0%`.
-pub fn share(percent: f64) -> String {
+pub(super) fn share(percent: f64) -> String {
     match percent {
         0.1.. => format!("{percent:.1}%"),
         0.001.. => format!("{percent:.3}%"),

@@ -11,20 +11,20 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 /// The directories in which a node would live.
-pub struct Host {
+pub(crate) struct Host {
     dir: TempDir,
 }
 
 /// Exit code and output of a command.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
 }
 
 /// Returns a command for this executable, with the host's directories and a known environment.
-pub fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
+pub(crate) fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
     let mut command = Command::new(executable);
     for name in ["OVERNODE_TOKEN", "NO_COLOR", "COLUMNS", "OVERNODE_DEBUG"] {
         command.env_remove(name);
@@ -39,7 +39,7 @@ pub fn overnode(executable: &Path, host: &Host, arguments: &[&str]) -> Command {
 
 /// Creates an executable file. Another process writes it. If this process had it open, a test that
 /// forks at that moment would keep it open too, and it could not be executed ("text file busy").
-pub fn install(file: &Path, content: &[u8]) {
+pub(crate) fn install(file: &Path, content: &[u8]) {
     let mut writer = Command::new("sh")
         .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])
         .arg(file)
@@ -51,7 +51,7 @@ pub fn install(file: &Path, content: &[u8]) {
 }
 
 /// Copies the command into this directory, where any user may execute it.
-pub fn install_overnode(directory: &Path) -> PathBuf {
+pub(crate) fn install_overnode(directory: &Path) -> PathBuf {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
     let copy = directory.join("overnode");
     install(&copy, &fs::read(env!("CARGO_BIN_EXE_overnode")).unwrap());
@@ -59,48 +59,48 @@ pub fn install_overnode(directory: &Path) -> PathBuf {
 }
 
 impl Host {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn state_dir(&self) -> PathBuf {
+    pub(crate) fn state_dir(&self) -> PathBuf {
         self.path().join("state")
     }
 
-    pub fn run_dir(&self) -> PathBuf {
+    pub(crate) fn run_dir(&self) -> PathBuf {
         self.path().join("run")
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.run_dir().join("overnode.sock")
     }
 
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         overnode(Path::new(env!("CARGO_BIN_EXE_overnode")), self, arguments)
     }
 
-    pub fn run(&self, arguments: &[&str]) -> Outcome {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Outcome {
         Outcome::of(&mut self.command(arguments))
     }
 
     /// Leaves the host as a stopped daemon does.
-    pub fn pretend_launched(&self) {
+    pub(crate) fn pretend_launched(&self) {
         fs::create_dir_all(self.state_dir()).unwrap();
         fs::write(self.state_dir().join("overnode.redb"), "").unwrap();
     }
 
     /// Returns whether nothing was created.
-    pub fn is_untouched(&self) -> bool {
+    pub(crate) fn is_untouched(&self) -> bool {
         fs::read_dir(self.path()).unwrap().next().is_none()
     }
 }
 
 impl Outcome {
-    pub fn of(command: &mut Command) -> Self {
+    pub(crate) fn of(command: &mut Command) -> Self {
         let output = command.output().unwrap();
         Self {
             code: output.status.code().expect("it was not killed"),
@@ -110,7 +110,7 @@ impl Outcome {
     }
 
     /// Returns the one line that a failing command writes to standard error.
-    pub fn error_line(&self) -> String {
+    pub(crate) fn error_line(&self) -> String {
         let line = self.stderr.strip_suffix('\n').unwrap_or_else(|| panic!("not a line: {self:?}"));
         assert!(
             !line.contains('\n')

@@ -15,13 +15,13 @@ use crate::common::Host;
 
 /// A node with canned answers. Its socket exists once the constructor returns. Its threads end with
 /// the process.
-pub struct Canned {
+pub(crate) struct Canned {
     pub host: Host,
 }
 
 impl Canned {
     /// Answers each request with this function.
-    pub fn start(
+    pub(crate) fn start(
         mut answer: impl FnMut(Request) -> Result<Reply, ApiError> + Send + 'static,
     ) -> Self {
         Self::start_with(move |mut calls| {
@@ -32,12 +32,12 @@ impl Canned {
     }
 
     /// Passes all requests to this function.
-    pub fn start_with(node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
+    pub(crate) fn start_with(node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
         Self::at(Host::new(), node)
     }
 
     /// Like [`Self::start_with`], on an existing host.
-    pub fn at(host: Host, node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
+    pub(crate) fn at(host: Host, node: impl FnOnce(mpsc::Receiver<Call>) + Send + 'static) -> Self {
         fs::create_dir_all(host.run_dir()).unwrap();
         let (calls, requests) = mpsc::channel(16);
         let socket = host.socket();
@@ -58,13 +58,13 @@ impl Canned {
 }
 
 /// Returns the version that a daemon of node 1 would report.
-pub fn version(pid: u32) -> Version {
+pub(crate) fn version(pid: u32) -> Version {
     let id = Some(1.try_into().unwrap());
     Version { version: "9.9.9".into(), protocols: None, kernel: None, pid, id, state_dir: None }
 }
 
 /// Returns a status that has an example of every kind of entry.
-pub fn sample() -> Status {
+pub(crate) fn sample() -> Status {
     let error = |message: &str, seconds_ago| LastError {
         message: message.into(),
         seconds_ago: Some(seconds_ago),

@@ -447,7 +447,7 @@ mod secret {
 
     use overnode_types::Secret;
 
-    pub fn serialize<S: Serializer>(
+    pub(super) fn serialize<S: Serializer>(
         secret: &Option<Secret>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -458,7 +458,7 @@ mod secret {
         done
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<Secret>, D::Error> {
         let Some(mut text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };

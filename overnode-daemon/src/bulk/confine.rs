@@ -57,7 +57,7 @@ const PROCESS_CALLS: [libc::c_long; 18] = [
 ///
 /// # Errors
 /// Fails if the kernel refuses.
-pub fn drop_privileges() -> Result<()> {
+pub(crate) fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_name(&CString::new(NAME)?).context("the process cannot be named")?;
     for set in [
         caps::CapSet::Ambient,
@@ -75,7 +75,7 @@ pub fn drop_privileges() -> Result<()> {
 ///
 /// # Errors
 /// Fails if the kernel has no system call filters (`CONFIG_SECCOMP_FILTER`), or refuses.
-pub fn install_seccomp() -> Result<()> {
+pub(crate) fn install_seccomp() -> Result<()> {
     let filter: BpfProgram = SeccompFilter::new(
         rules()?,
         SeccompAction::Errno(libc::EPERM as u32),

@@ -17,7 +17,7 @@ const ROUND_TIME: Duration = Duration::from_micros(250);
 
 /// Returns the rate at which one core seals and opens messages with each cipher, ordered by number,
 /// in MiB/s, at least 1. Takes a few milliseconds.
-pub fn speeds() -> [u32; Cipher::ALL.len()] {
+pub(crate) fn speeds() -> [u32; Cipher::ALL.len()] {
     let mut best = [1; Cipher::ALL.len()];
     for _ in 0..ROUNDS {
         for (best, cipher) in best.iter_mut().zip(Cipher::ALL) {

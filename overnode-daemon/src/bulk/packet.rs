@@ -31,12 +31,12 @@ const MAX_EXTENSIONS: usize = 8;
 
 /// Flags of TCP, in byte 13 of its header.
 pub(super) mod flag {
-    pub const FIN: u8 = 0x01;
-    pub const SYN: u8 = 0x02;
-    pub const RST: u8 = 0x04;
-    pub const PSH: u8 = 0x08;
-    pub const URG: u8 = 0x20;
-    pub const CWR: u8 = 0x80;
+    pub(crate) const FIN: u8 = 0x01;
+    pub(crate) const SYN: u8 = 0x02;
+    pub(crate) const RST: u8 = 0x04;
+    pub(crate) const PSH: u8 = 0x08;
+    pub(crate) const URG: u8 = 0x20;
+    pub(crate) const CWR: u8 = 0x80;
 }
 
 /// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), in the byte order of this machine,

@@ -16,7 +16,7 @@ const BATCH_LEN: usize = 65_487;
 const SEND_TIMEOUT_MS: u16 = 5;
 
 /// A UDP socket of one address family.
-pub struct Socket {
+pub(crate) struct Socket {
     pub(super) socket: UdpSocket,
     pub(super) state: UdpSocketState,
 }
@@ -26,7 +26,7 @@ impl Socket {
     ///
     /// # Errors
     /// Fails if the kernel refuses an option.
-    pub fn new(socket: UdpSocket) -> io::Result<Self> {
+    pub(crate) fn new(socket: UdpSocket) -> io::Result<Self> {
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         Ok(Self { socket, state })
     }
@@ -47,7 +47,7 @@ impl Socket {
 }
 
 /// The sockets of a worker.
-pub struct Sockets {
+pub(crate) struct Sockets {
     /// IPv4 socket, if the host has IPv4.
     pub v4: Option<Socket>,
     /// IPv6 socket, if the host has IPv6.
@@ -63,7 +63,7 @@ impl Sockets {
     ///
     /// # Errors
     /// Returns the error of `sendmsg`, or `Unsupported` if there is no socket of that family.
-    pub fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+    pub(crate) fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         self.of(transmit.destination).ok_or(io::ErrorKind::Unsupported)?.send(transmit)
     }
 
@@ -75,7 +75,7 @@ impl Sockets {
 
 /// Destination and ECN codepoint of the messages of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BatchKey {
+pub(crate) struct BatchKey {
     /// Remote and local address.
     pub endpoint: Endpoint,
     /// ECN codepoint, 2 bits.
@@ -84,7 +84,7 @@ pub struct BatchKey {
 
 /// Messages with the same destination and ECN codepoint. All have the length of the first; only the
 /// last may be shorter (`UDP_SEGMENT`, `udp(7)`).
-pub struct Batch {
+pub(crate) struct Batch {
     buffer: Box<[u8]>,
     used: usize,
     /// Destination and length in bytes of the first message.
@@ -93,13 +93,13 @@ pub struct Batch {
 
 impl Batch {
     /// Creates an empty batch.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { buffer: vec![0; BATCH_LEN].into(), used: 0, first: None }
     }
 
     /// Returns true if a message of `len` bytes may be added. Otherwise the batch must be sent
     /// first.
-    pub fn fits(&self, sockets: &Sockets, key: &BatchKey, len: usize) -> bool {
+    pub(crate) fn fits(&self, sockets: &Sockets, key: &BatchKey, len: usize) -> bool {
         let Some((first, stride)) = &self.first else { return true };
         first == key
             && len <= *stride
@@ -112,7 +112,7 @@ impl Batch {
     /// # Errors
     /// Returns the error of `write`, or [`Reason::TooBigDropped`] if there is no room. Nothing is
     /// added then.
-    pub fn add(
+    pub(crate) fn add(
         &mut self,
         key: &BatchKey,
         len: usize,
@@ -130,7 +130,7 @@ impl Batch {
     /// # Errors
     /// Returns [`Reason::TooBigDropped`] or [`Reason::NoRoute`], and [`Reason::Helper`] for any
     /// other kernel error.
-    pub fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
+    pub(crate) fn send(&mut self, sockets: &Sockets) -> Result<(), Reason> {
         let used = std::mem::take(&mut self.used);
         let (Some((key, stride)), Some(contents)) = (self.first.take(), self.buffer.get(..used))
         else {

@@ -61,7 +61,7 @@ const PEER_ADDRESSES_TTL: Duration = Duration::from_secs(1);
 
 /// A change to the set of peers and sessions, or the order to exit.
 #[derive(Clone, Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Adds a peer.
     Peer(Arc<Peer>),
     /// Removes a peer and its sessions.
@@ -75,7 +75,7 @@ pub enum Command {
 }
 
 /// State that all workers share.
-pub struct Shared {
+pub(crate) struct Shared {
     /// Maps shared with the eBPF programs.
     pub maps: BulkMaps,
     /// Cipher to seal with.
@@ -96,14 +96,14 @@ pub struct Shared {
 
 impl Shared {
     /// Counts a drop.
-    pub fn count_drop(&self, reason: Reason) {
+    pub(crate) fn count_drop(&self, reason: Reason) {
         if let Some(count) = self.drops.get(reason as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Queues an event for the daemon. The event is lost if the queue is full.
-    pub fn queue_event(&self, event: FromWorkers) {
+    pub(crate) fn queue_event(&self, event: FromWorkers) {
         if self.events.try_send(event).is_ok() {
             let _ = self.wake.write(1);
         }
@@ -111,7 +111,7 @@ impl Shared {
 }
 
 /// File descriptors that a worker moves packets between.
-pub struct Handles {
+pub(crate) struct Handles {
     /// TAP device of the worker.
     pub device: File,
     /// UDP sockets of the worker.
@@ -130,7 +130,7 @@ enum MessageKind {
 }
 
 /// One worker.
-pub struct Worker {
+pub(crate) struct Worker {
     number: u8,
     device: File,
     sockets: Sockets,
@@ -156,7 +156,7 @@ pub struct Worker {
 
 impl Worker {
     /// Creates a worker without peers.
-    pub fn new(
+    pub(crate) fn new(
         number: u8,
         Handles { device, sockets, ring }: Handles,
         gate: Gate,
@@ -191,7 +191,7 @@ impl Worker {
     ///
     /// # Errors
     /// Fails if the device or a socket is broken.
-    pub fn run(mut self) -> io::Result<()> {
+    pub(crate) fn run(mut self) -> io::Result<()> {
         let mut last = boot_now();
         loop {
             let now = boot_now();
@@ -526,7 +526,7 @@ impl Worker {
 ///
 /// # Errors
 /// Fails if the peer has no session or endpoint, if the session cannot seal, or if sending fails.
-pub fn send_hello(
+pub(crate) fn send_hello(
     shared: &Shared,
     sockets: &Sockets,
     worker: u8,

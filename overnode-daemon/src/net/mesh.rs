@@ -88,7 +88,12 @@ pub enum MeshEvent {
     /// An attempt did not lead to a connection.
     DialFailed(AttemptId, DialFailure),
     /// An incoming connection was refused.
-    Refused { remote: SocketAddr, refusal: Refusal },
+    Refused {
+        /// The address that it came from.
+        remote: SocketAddr,
+        /// The reason.
+        refusal: Refusal,
+    },
 }
 
 /// A message queued for the node. It occupies queue space until it is dropped.
@@ -132,14 +137,19 @@ pub enum DialFailure {
 /// An established connection.
 #[derive(Debug)]
 pub struct Opened {
+    /// Its number in later events.
     pub id: StreamId,
     /// The attempt that led to it. `None` if the other side dialed.
     pub attempt: Option<AttemptId>,
+    /// The address at the other end.
     pub remote: SocketAddr,
+    /// The address at this end.
     pub local: SocketAddr,
+    /// The greeting of the node at the other end.
     pub hello: Hello,
     /// The control protocol version that both sides support.
     pub version: u16,
+    /// Takes messages for the node at the other end.
     pub outbox: Outbox,
 }
 

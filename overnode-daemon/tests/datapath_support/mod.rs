@@ -15,7 +15,7 @@ use overnode_daemon::datapath::{Attachment, Datapath, NetnsRef, OpenOptions, nod
 use overnode_types::{Network, NodeId, PeerIndex, PublicKey, Secret, SessionIndex};
 
 /// Runs a command, fails the test if the command fails, and returns its standard output.
-pub fn run(program: &str, arguments: &[&str]) -> String {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let words = String::from_utf8_lossy(&output.stderr);
@@ -23,22 +23,22 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     text
 }
 
-pub fn ip(arguments: &[&str]) {
+pub(crate) fn ip(arguments: &[&str]) {
     run("ip", arguments);
 }
 
-pub fn ip_output(namespace: &Namespace, arguments: &[&str]) -> String {
+pub(crate) fn ip_output(namespace: &Namespace, arguments: &[&str]) -> String {
     run("ip", &[&["-n", namespace.name.as_str()], arguments].concat())
 }
 
-pub fn addr(text: &str) -> IpAddr {
+pub(crate) fn addr(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
 /// Runs the test named `name` again in a process of its own, with these variables. Returns false in
 /// the calling process and true in the new one. `how` is the tool with which the new process enters
 /// the network namespace in `DATAPATH_NETNS`.
-pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool {
+pub(crate) fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool {
     if std::env::var_os("DATAPATH_CHILD").is_some() {
         return true;
     }
@@ -72,12 +72,12 @@ pub fn reexec(name: &str, variables: &[(&str, &str)], how: Option<&str>) -> bool
 }
 
 /// A network namespace that is deleted on drop.
-pub struct Namespace {
+pub(crate) struct Namespace {
     pub name: String,
 }
 
 impl Namespace {
-    pub fn new(kind: &str) -> Self {
+    pub(crate) fn new(kind: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!(
             "datapath-{}-{}{kind}",
@@ -90,12 +90,12 @@ impl Namespace {
         namespace
     }
 
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)
     }
 
     /// Runs a program inside the namespace with `nsenter --net`, and returns its output.
-    pub fn exec(&self, program: &str, arguments: &[&str]) -> String {
+    pub(crate) fn exec(&self, program: &str, arguments: &[&str]) -> String {
         run(
             "nsenter",
             &[&[&format!("--net=/run/netns/{}", self.name), program], arguments].concat(),
@@ -103,7 +103,7 @@ impl Namespace {
     }
 
     /// Like [`Self::exec`], but returns whether the program succeeded.
-    pub fn exec_status(&self, program: &str, arguments: &[&str]) -> bool {
+    pub(crate) fn exec_status(&self, program: &str, arguments: &[&str]) -> bool {
         self.command(program, arguments).output().unwrap().status.success()
     }
 
@@ -122,7 +122,7 @@ impl Drop for Namespace {
 }
 
 /// A host with its network namespace and state directory. It is torn down on drop.
-pub struct Host {
+pub(crate) struct Host {
     pub namespace: Namespace,
     pub interface: Option<String>,
     pub xdp: bool,
@@ -151,12 +151,12 @@ impl Host {
     }
 
     /// Returns the state directory and the namespace, for [`reexec`].
-    pub fn environment(&self) -> (String, String) {
+    pub(crate) fn environment(&self) -> (String, String) {
         (self.state_dir().to_str().unwrap().to_owned(), self.namespace.name.clone())
     }
 
     /// Returns the parent's host in a process started by [`reexec`].
-    pub fn from_environment() -> Self {
+    pub(crate) fn from_environment() -> Self {
         Self {
             namespace: Namespace { name: std::env::var("DATAPATH_NETNS").unwrap() },
             interface: None,
@@ -168,26 +168,26 @@ impl Host {
         }
     }
 
-    pub fn state_dir(&self) -> &Path {
+    pub(crate) fn state_dir(&self) -> &Path {
         match &self.state {
             StateDir::Owned(directory) => directory.path(),
             StateDir::Other(path) => path,
         }
     }
 
-    pub fn remove_state_dir(&mut self) {
+    pub(crate) fn remove_state_dir(&mut self) {
         let path = self.state_dir().to_owned();
         std::fs::remove_dir_all(&path).unwrap();
         self.state = StateDir::Other(path);
     }
 
-    pub fn node(&self) -> String {
+    pub(crate) fn node(&self) -> String {
         node_name(self.state_dir())
     }
 
     /// Opens the data plane on a thread inside the namespace, runs `work`, and closes it. One call
     /// is one lifetime of a daemon.
-    pub fn run<T: Send>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T + Send) -> T {
+    pub(crate) fn run<T: Send>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T + Send) -> T {
         self.inside(async || {
             let mut datapath = self.open().await.unwrap();
             work(&mut datapath).await
@@ -195,24 +195,24 @@ impl Host {
     }
 
     /// Does the same in the current namespace of this process.
-    pub fn run_here<T>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T) -> T {
+    pub(crate) fn run_here<T>(&self, work: impl AsyncFnOnce(&mut Datapath) -> T) -> T {
         runtime().block_on(async {
             let mut datapath = self.open().await.unwrap();
             work(&mut datapath).await
         })
     }
 
-    pub fn try_open(&self) -> anyhow::Result<()> {
+    pub(crate) fn try_open(&self) -> anyhow::Result<()> {
         self.inside(async || self.open().await.map(drop))
     }
 
-    pub fn tear_down(&self) {
+    pub(crate) fn tear_down(&self) {
         let errors = self.inside(async || Datapath::tear_down(self.state_dir()).await);
         assert!(errors.is_empty(), "{errors:?}");
     }
 
     /// Asserts that nothing of the node is left in its namespace or in the bpffs.
-    pub fn is_clean(&self) {
+    pub(crate) fn is_clean(&self) {
         let links = ip_output(&self.namespace, &["-d", "link"]);
         assert!(!links.contains(": ov") && !links.contains("overnode:"), "{links}");
         assert!(!links.contains("prog/xdp"), "{links}");
@@ -299,7 +299,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Two hosts connected by a veth cable, with one container each.
-pub struct Pair {
+pub(crate) struct Pair {
     pub a: Host,
     pub b: Host,
     pub container_a: Namespace,
@@ -309,7 +309,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub fn new(is_ipv6: bool) -> Self {
+    pub(crate) fn new(is_ipv6: bool) -> Self {
         let pair = Self {
             a: Host::new("a", "10.39.240.1"),
             b: Host::new("b", "10.39.240.2"),
@@ -343,7 +343,7 @@ impl Pair {
     }
 
     /// Attaches the containers and installs one session, whose initiator is `a`.
-    pub fn connect(&self) {
+    pub(crate) fn connect(&self) {
         self.connect_host(&self.a, 1, 2, &self.container_a, true);
         self.connect_host(&self.b, 2, 1, &self.container_b, false);
     }
@@ -367,7 +367,7 @@ impl Pair {
     }
 
     /// Returns one end's keys for the session in `slot`.
-    pub fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
+    pub(crate) fn keys(&self, initiator: bool, slot: u32) -> SessionKeys {
         let key = |end: u8| Secret([end + slot as u8; 32]);
         let index = |end: u32| SessionIndex::new(end << 28 | slot);
         let ((local, remote), (tx, rx)) =
@@ -382,11 +382,11 @@ impl Pair {
         }
     }
 
-    pub fn ping_across(&self, count: u32, interval: &str) {
+    pub(crate) fn ping_across(&self, count: u32, interval: &str) {
         self.background_ping(count, interval).lost_nothing();
     }
 
-    pub fn background_ping(&self, count: u32, interval: &str) -> Ping<'_> {
+    pub(crate) fn background_ping(&self, count: u32, interval: &str) -> Ping<'_> {
         let count = count.to_string();
         let warm_up = ["-q", "-c", "1", "-W", "2", "10.42.0.1"];
         assert!(self.container_a.exec_status("ping", &warm_up), "not even one packet gets through");
@@ -397,13 +397,13 @@ impl Pair {
     }
 }
 
-pub struct Ping<'a> {
+pub(crate) struct Ping<'a> {
     child: Child,
     pair: &'a Pair,
 }
 
 impl Ping<'_> {
-    pub fn lost_nothing(self) {
+    pub(crate) fn lost_nothing(self) {
         let output = self.child.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         let numbers: Vec<u32> = text

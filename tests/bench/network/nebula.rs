@@ -13,7 +13,7 @@ use super::{PAIRS, TUNNEL, TUNNEL_MTU, UNDERLAY, network_of};
 const PORT: u16 = 4242;
 
 /// The running nodes.
-pub struct Nodes {
+pub(crate) struct Nodes {
     _processes: Vec<Background>,
 }
 
@@ -22,7 +22,7 @@ pub struct Nodes {
 ///
 /// # Errors
 /// When Nebula is not installed or does not start.
-pub fn start(lab: &Lab) -> Result<Nodes> {
+pub(crate) fn start(lab: &Lab) -> Result<Nodes> {
     ensure_tun()?;
     let folder = lab.folder();
     let certify = |words: &str| -> Result<()> {

@@ -13,24 +13,34 @@ use crate::world::{
 };
 
 /// Returns an Ethernet frame.
-pub fn ethernet(destination: [u8; 6], source: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn ethernet(
+    destination: [u8; 6],
+    source: [u8; 6],
+    kind: u16,
+    payload: &[u8],
+) -> Vec<u8> {
     [&destination[..], &source, &kind.to_be_bytes(), payload].concat()
 }
 
 /// Returns a frame as [`CONTAINER`] sends it.
-pub fn from_container(packet: &[u8]) -> Vec<u8> {
+pub(crate) fn from_container(packet: &[u8]) -> Vec<u8> {
     ethernet(GATEWAY_MAC, CONTAINER_MAC, 0x0800, packet)
 }
 
 /// Returns an IPv4 packet of `len` bytes, header included. It carries an experimental protocol (RFC
 /// 3692) and is filled with a pattern.
-pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, len: usize) -> Vec<u8> {
+pub(crate) fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, len: usize) -> Vec<u8> {
     let payload: Vec<u8> = (20..len).map(|n| (n * 7 % 251) as u8).collect();
     ipv4_with(source, destination, 253, &payload)
 }
 
 /// Returns an IPv4 packet.
-pub fn ipv4_with(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn ipv4_with(
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    protocol: u8,
+    payload: &[u8],
+) -> Vec<u8> {
     let total = (20 + payload.len()) as u16;
     let mut packet = vec![0x45, 0];
     packet.extend(total.to_be_bytes());
@@ -43,7 +53,7 @@ pub fn ipv4_with(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload:
 }
 
 /// Writes the correct checksum into an IPv4 header.
-pub fn set_ipv4_checksum(packet: &mut [u8]) {
+pub(crate) fn set_ipv4_checksum(packet: &mut [u8]) {
     let header = usize::from(packet[0] & 15) * 4;
     packet[10..12].fill(0);
     let sum = checksum(&[&packet[..header]]);
@@ -61,7 +71,7 @@ fn nonce(counter: u64) -> Nonce {
 }
 
 /// Returns a data message that ring sealed.
-pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec<u8> {
+pub(crate) fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec<u8> {
     let mut sealed = text.to_vec();
     key(with)
         .seal_in_place_append_tag(nonce(counter), Aad::empty(), &mut sealed)
@@ -70,7 +80,7 @@ pub fn message(with: &[u8; 32], receiver: u32, counter: u64, text: &[u8]) -> Vec
 }
 
 /// Returns a handshake message of type 1 to 3 to this node. Types 1 and 2 have a valid first MAC.
-pub fn handshake(kind: u8) -> Vec<u8> {
+pub(crate) fn handshake(kind: u8) -> Vec<u8> {
     let len = match kind {
         1 => 148,
         2 => 92,
@@ -89,7 +99,7 @@ pub fn handshake(kind: u8) -> Vec<u8> {
 }
 
 /// Opens a data message and returns its receiver index, counter and plaintext.
-pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
+pub(crate) fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
     assert_eq!(message[..4], [4, 0, 0, 0], "the type of a data message");
     let receiver = u32::from_le_bytes(message[4..8].try_into().expect("four bytes"));
     let counter = u64::from_le_bytes(message[8..16].try_into().expect("eight bytes"));
@@ -101,7 +111,7 @@ pub fn open(with: &[u8; 32], message: &[u8]) -> (u32, u64, Vec<u8>) {
 }
 
 /// Pads with zeros to a multiple of 16 bytes.
-pub fn padded(packet: &[u8]) -> Vec<u8> {
+pub(crate) fn padded(packet: &[u8]) -> Vec<u8> {
     let mut text = packet.to_vec();
     text.resize(packet.len().next_multiple_of(16), 0);
     text
@@ -109,7 +119,7 @@ pub fn padded(packet: &[u8]) -> Vec<u8> {
 
 /// Source and destination of an underlay packet.
 #[derive(Clone, Copy)]
-pub struct Path {
+pub(crate) struct Path {
     pub source: IpAddr,
     pub destination: IpAddr,
     pub source_port: u16,
@@ -120,7 +130,7 @@ pub struct Path {
 
 impl Path {
     /// Returns the path from the peer to this node.
-    pub fn inbound(underlay: Underlay) -> Self {
+    pub(crate) fn inbound(underlay: Underlay) -> Self {
         Self {
             source: underlay.remote(),
             destination: underlay.local(),
@@ -131,7 +141,7 @@ impl Path {
     }
 
     /// Returns a frame with a UDP datagram.
-    pub fn frame(&self, datagram: &[u8]) -> Vec<u8> {
+    pub(crate) fn frame(&self, datagram: &[u8]) -> Vec<u8> {
         let len = (8 + datagram.len()) as u16;
         let udp = [
             &self.source_port.to_be_bytes()[..],
@@ -165,22 +175,22 @@ impl Path {
 }
 
 /// Returns the frame in which the peer sends this packet of one of its containers.
-pub fn inbound(underlay: Underlay, counter: u64, packet: &[u8]) -> Vec<u8> {
+pub(crate) fn inbound(underlay: Underlay, counter: u64, packet: &[u8]) -> Vec<u8> {
     Path::inbound(underlay).frame(&message(&RX_KEY, LOCAL_INDEX, counter, &padded(packet)))
 }
 
 /// Returns a packet from the peer's container to ours.
-pub fn to_container(len: usize) -> Vec<u8> {
+pub(crate) fn to_container(len: usize) -> Vec<u8> {
     ipv4(REMOTE, CONTAINER, len)
 }
 
 /// Returns a packet from our container to the peer's.
-pub fn to_remote(len: usize) -> Vec<u8> {
+pub(crate) fn to_remote(len: usize) -> Vec<u8> {
     ipv4(CONTAINER, REMOTE, len)
 }
 
 /// The parts of a frame that `seal` made, after checks of all headers.
-pub struct Sealed {
+pub(crate) struct Sealed {
     /// IPv4 type of service or IPv6 traffic class.
     pub class: u8,
     pub message: Vec<u8>,
@@ -188,12 +198,12 @@ pub struct Sealed {
 
 impl Sealed {
     /// Parses a frame for the data port.
-    pub fn parse(underlay: Underlay, frame: &[u8]) -> Self {
+    pub(crate) fn parse(underlay: Underlay, frame: &[u8]) -> Self {
         Self::parse_to(underlay, frame, 6784)
     }
 
     /// Parses a frame for another port.
-    pub fn parse_to(underlay: Underlay, frame: &[u8], port: u16) -> Self {
+    pub(crate) fn parse_to(underlay: Underlay, frame: &[u8], port: u16) -> Self {
         let (class, addresses, udp) = match underlay {
             Underlay::V4 => {
                 let ip = &frame[14..];

@@ -19,56 +19,56 @@ use overnode_ebpf::wire::DAEMON_MAC;
 use overnode_types::PublicKey;
 
 /// Interface that test runs arrive on: loopback, which every namespace has.
-pub const IFINDEX: u32 = 1;
-pub const CONTAINER: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 2);
-pub const CONTAINER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x02];
-pub const GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x02];
+pub(crate) const IFINDEX: u32 = 1;
+pub(crate) const CONTAINER: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 2);
+pub(crate) const CONTAINER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x02];
+pub(crate) const GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x02];
 /// Address of another container on this host.
-pub const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 3);
-pub const NEIGHBOUR_IFINDEX: u32 = 77;
-pub const NEIGHBOUR_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x03];
-pub const NEIGHBOUR_GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x03];
+pub(crate) const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 40, 0, 3);
+pub(crate) const NEIGHBOUR_IFINDEX: u32 = 77;
+pub(crate) const NEIGHBOUR_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x03];
+pub(crate) const NEIGHBOUR_GATEWAY_MAC: [u8; 6] = [0x02, 0xee, 0, 0, 0, 0x03];
 /// Address of a container of the peer.
-pub const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
-pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 1);
-pub const NODE_ID: u16 = 1;
-pub const PUBLIC_KEY: PublicKey = PublicKey([0x77; 32]);
+pub(crate) const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
+pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 1);
+pub(crate) const NODE_ID: u16 = 1;
+pub(crate) const PUBLIC_KEY: PublicKey = PublicKey([0x77; 32]);
 /// The nodes' own addresses: the peer's, then the second peer's.
-pub const PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 2);
-pub const OTHER_PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 3);
-pub const PEER: u32 = 2;
+pub(crate) const PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 2);
+pub(crate) const OTHER_PEER_NODE: Ipv4Addr = Ipv4Addr::new(10, 39, 240, 3);
+pub(crate) const PEER: u32 = 2;
 /// A second peer, without a session.
-pub const OTHER_PEER: u32 = 3;
+pub(crate) const OTHER_PEER: u32 = 3;
 /// Address of a container of the second peer.
-pub const OTHER_REMOTE: Ipv4Addr = Ipv4Addr::new(10, 44, 0, 1);
+pub(crate) const OTHER_REMOTE: Ipv4Addr = Ipv4Addr::new(10, 44, 0, 1);
 /// An address of this node that no container has.
-pub const UNATTACHED: Ipv4Addr = Ipv4Addr::new(10, 40, 77, 77);
-pub const MTU: u32 = 1420;
-pub const SLOT: u32 = 5;
-pub const LOCAL_INDEX: u32 = 0xabcde << SESSION_SLOT_BITS | SLOT;
-pub const REMOTE_INDEX: u32 = 0x1234_5678;
-pub const TX_KEY: [u8; 32] = [0x42; 32];
-pub const RX_KEY: [u8; 32] = [0x17; 32];
+pub(crate) const UNATTACHED: Ipv4Addr = Ipv4Addr::new(10, 40, 77, 77);
+pub(crate) const MTU: u32 = 1420;
+pub(crate) const SLOT: u32 = 5;
+pub(crate) const LOCAL_INDEX: u32 = 0xabcde << SESSION_SLOT_BITS | SLOT;
+pub(crate) const REMOTE_INDEX: u32 = 0x1234_5678;
+pub(crate) const TX_KEY: [u8; 32] = [0x42; 32];
+pub(crate) const RX_KEY: [u8; 32] = [0x17; 32];
 
-pub const TC_ACT_UNSPEC: u32 = u32::MAX;
-pub const TC_ACT_SHOT: u32 = 2;
-pub const TC_ACT_REDIRECT: u32 = 7;
-pub const XDP_DROP: u32 = 1;
-pub const XDP_PASS: u32 = 2;
-pub const XDP_REDIRECT: u32 = 4;
+pub(crate) const TC_ACT_UNSPEC: u32 = u32::MAX;
+pub(crate) const TC_ACT_SHOT: u32 = 2;
+pub(crate) const TC_ACT_REDIRECT: u32 = 7;
+pub(crate) const XDP_DROP: u32 = 1;
+pub(crate) const XDP_PASS: u32 = 2;
+pub(crate) const XDP_REDIRECT: u32 = 4;
 
 /// IP version of the underlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Underlay {
+pub(crate) enum Underlay {
     V4,
     V6,
 }
 
-pub const UNDERLAYS: [Underlay; 2] = [Underlay::V4, Underlay::V6];
+pub(crate) const UNDERLAYS: [Underlay; 2] = [Underlay::V4, Underlay::V6];
 
 impl Underlay {
     /// Returns this host's address.
-    pub fn local(self) -> IpAddr {
+    pub(crate) fn local(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::new(192, 0, 2, 1).into(),
             Self::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
@@ -76,7 +76,7 @@ impl Underlay {
     }
 
     /// Returns the peer's address.
-    pub fn remote(self) -> IpAddr {
+    pub(crate) fn remote(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::new(198, 51, 100, 2).into(),
             Self::V6 => Ipv6Addr::new(0x2001, 0xdb8, 1, 2, 3, 4, 5, 6).into(),
@@ -86,36 +86,36 @@ impl Underlay {
 
 /// Result of running a program over a packet.
 #[derive(Debug)]
-pub struct Output {
+pub(crate) struct Output {
     pub verdict: u32,
     pub frame: Vec<u8>,
 }
 
 /// The hook at which messages are received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
+pub(crate) enum Hook {
     Tc,
     Xdp,
 }
 
-pub const HOOKS: [Hook; 2] = [Hook::Tc, Hook::Xdp];
+pub(crate) const HOOKS: [Hook; 2] = [Hook::Tc, Hook::Xdp];
 
 impl Hook {
-    pub fn passed(self) -> u32 {
+    pub(crate) fn passed(self) -> u32 {
         match self {
             Self::Tc => TC_ACT_UNSPEC,
             Self::Xdp => XDP_PASS,
         }
     }
 
-    pub fn dropped(self) -> u32 {
+    pub(crate) fn dropped(self) -> u32 {
         match self {
             Self::Tc => TC_ACT_SHOT,
             Self::Xdp => XDP_DROP,
         }
     }
 
-    pub fn redirected(self) -> u32 {
+    pub(crate) fn redirected(self) -> u32 {
         match self {
             Self::Tc => TC_ACT_REDIRECT,
             Self::Xdp => XDP_REDIRECT,
@@ -123,12 +123,12 @@ impl Hook {
     }
 }
 
-pub struct World {
+pub(crate) struct World {
     pub ebpf: Ebpf,
 }
 
 /// Runs a test with each hook over each underlay, each time in a new world.
-pub fn each(test: impl Fn(Hook, Underlay, World)) {
+pub(crate) fn each(test: impl Fn(Hook, Underlay, World)) {
     for hook in HOOKS {
         for underlay in UNDERLAYS {
             eprintln!("{hook:?}, {underlay:?}");
@@ -138,7 +138,7 @@ pub fn each(test: impl Fn(Hook, Underlay, World)) {
 }
 
 /// All programs, for [`load`].
-pub const ALL: &[&str] = &[
+pub(crate) const ALL: &[&str] = &[
     "from_container",
     "seal",
     "from_underlay",
@@ -152,7 +152,7 @@ const PATHS: &[&str] =
     &["from_container", "seal", "from_underlay", "from_underlay_xdp", "from_bulk", "to_container"];
 
 /// Loads these programs.
-pub fn load(debug: u8, names: &[&str]) -> Ebpf {
+pub(crate) fn load(debug: u8, names: &[&str]) -> Ebpf {
     let mut ebpf = EbpfLoader::new()
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("DEBUG", &debug, true)
@@ -171,12 +171,12 @@ pub fn load(debug: u8, names: &[&str]) -> Ebpf {
 
 impl World {
     /// Returns a node with two containers, two peers, and a live session with the first peer.
-    pub fn new(underlay: Underlay) -> Self {
+    pub(crate) fn new(underlay: Underlay) -> Self {
         Self::with_debug(underlay, 0)
     }
 
     /// Like [`Self::new`]. The programs log if `debug` is not 0.
-    pub fn with_debug(underlay: Underlay, debug: u8) -> Self {
+    pub(crate) fn with_debug(underlay: Underlay, debug: u8) -> Self {
         let mut world = Self { ebpf: load(debug, PATHS) };
         world
             .array("CONFIG")
@@ -230,7 +230,7 @@ impl World {
         Array::try_from(self.ebpf.map_mut(name).expect(name)).expect(name)
     }
 
-    pub fn set_endpoint(
+    pub(crate) fn set_endpoint(
         &mut self,
         ifindex: u32,
         address: Ipv4Addr,
@@ -248,13 +248,13 @@ impl World {
             .expect("ENDPOINTS");
     }
 
-    pub fn remove_endpoint(&mut self, ifindex: u32) {
+    pub(crate) fn remove_endpoint(&mut self, ifindex: u32) {
         HashMap::<_, u32, Endpoint>::try_from(self.ebpf.map_mut("ENDPOINTS").expect("ENDPOINTS"))
             .and_then(|mut map| map.remove(&ifindex))
             .expect("ENDPOINTS");
     }
 
-    pub fn set_route(&mut self, prefix: Ipv4Addr, bits: u32, kind: u32, target: u32) {
+    pub(crate) fn set_route(&mut self, prefix: Ipv4Addr, bits: u32, kind: u32, target: u32) {
         LpmTrie::<_, Address, Route>::try_from(self.ebpf.map_mut("ROUTES").expect("ROUTES"))
             .and_then(|mut map| {
                 let key = Key::new(Address::V4_BITS + bits, to_map(prefix.into()));
@@ -263,36 +263,36 @@ impl World {
             .expect("ROUTES");
     }
 
-    pub fn peer(&mut self, index: u32) -> Peer {
+    pub(crate) fn peer(&mut self, index: u32) -> Peer {
         self.array("PEERS").get(&index, 0).expect("PEERS")
     }
 
-    pub fn set_peer(&mut self, index: u32, peer: Peer) {
+    pub(crate) fn set_peer(&mut self, index: u32, peer: Peer) {
         self.array("PEERS").set(index, peer, 0).expect("PEERS");
     }
 
-    pub fn change_peer(&mut self, index: u32, change: impl FnOnce(&mut Peer)) {
+    pub(crate) fn change_peer(&mut self, index: u32, change: impl FnOnce(&mut Peer)) {
         let mut peer = self.peer(index);
         change(&mut peer);
         self.set_peer(index, peer);
     }
 
-    pub fn session(&mut self, slot: u32) -> Session {
+    pub(crate) fn session(&mut self, slot: u32) -> Session {
         self.array("SESSIONS").get(&slot, 0).expect("SESSIONS")
     }
 
-    pub fn set_session(&mut self, slot: u32, session: Session) {
+    pub(crate) fn set_session(&mut self, slot: u32, session: Session) {
         self.array("SESSIONS").set(slot, session, 0).expect("SESSIONS");
     }
 
-    pub fn change_session(&mut self, slot: u32, change: impl FnOnce(&mut Session)) {
+    pub(crate) fn change_session(&mut self, slot: u32, change: impl FnOnce(&mut Session)) {
         let mut session = self.session(slot);
         change(&mut session);
         self.set_session(slot, session);
     }
 
     /// Returns the number of packets counted under a reason, on all CPUs.
-    pub fn count(&self, reason: Reason) -> u64 {
+    pub(crate) fn count(&self, reason: Reason) -> u64 {
         PerCpuArray::<_, u64>::try_from(self.ebpf.map("COUNTERS").expect("COUNTERS"))
             .and_then(|map| map.get(&(reason as u32), 0))
             .expect("COUNTERS")
@@ -301,7 +301,7 @@ impl World {
     }
 
     /// Returns all nonzero counters.
-    pub fn counts(&self) -> Vec<(Reason, u64)> {
+    pub(crate) fn counts(&self) -> Vec<(Reason, u64)> {
         Reason::ALL
             .iter()
             .map(|reason| (*reason, self.count(*reason)))
@@ -309,11 +309,11 @@ impl World {
             .collect()
     }
 
-    pub fn classifier(&self, name: &str) -> &SchedClassifier {
+    pub(crate) fn classifier(&self, name: &str) -> &SchedClassifier {
         self.ebpf.program(name).expect(name).try_into().expect(name)
     }
 
-    pub fn xdp(&self) -> &Xdp {
+    pub(crate) fn xdp(&self) -> &Xdp {
         self.ebpf
             .program("from_underlay_xdp")
             .expect("from_underlay_xdp")
@@ -322,12 +322,12 @@ impl World {
     }
 
     /// Runs a packet through a TC program.
-    pub fn run(&self, program: &str, frame: &[u8]) -> Output {
+    pub(crate) fn run(&self, program: &str, frame: &[u8]) -> Output {
         self.run_gso(program, frame, 0)
     }
 
     /// Like [`Self::run`], for a packet that stands for several segments of this size.
-    pub fn run_gso(&self, program: &str, frame: &[u8], gso_size: u32) -> Output {
+    pub(crate) fn run_gso(&self, program: &str, frame: &[u8], gso_size: u32) -> Output {
         // `from_container` marks packets for `seal` with the container's address. The daemon's
         // frames have no mark.
         let is_of_container = program == "seal" && !frame.starts_with(&DAEMON_MAC);
@@ -340,7 +340,13 @@ impl World {
     }
 
     /// Like [`Self::run_gso`], with a mark.
-    pub fn run_marked(&self, program: &str, frame: &[u8], gso_size: u32, mark: [u8; 4]) -> Output {
+    pub(crate) fn run_marked(
+        &self,
+        program: &str,
+        frame: &[u8],
+        gso_size: u32,
+        mark: [u8; 4],
+    ) -> Output {
         // In `struct __sk_buff`, the mark is at offset 8 and the segment size at offset 176.
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&mark);
@@ -349,7 +355,7 @@ impl World {
     }
 
     /// Runs a packet from the underlay.
-    pub fn receive(&self, hook: Hook, frame: &[u8]) -> Output {
+    pub(crate) fn receive(&self, hook: Hook, frame: &[u8]) -> Output {
         match hook {
             Hook::Tc => self.run("from_underlay", frame),
             Hook::Xdp => run(self.xdp(), frame, &[]),
@@ -358,7 +364,7 @@ impl World {
 
     /// Checks that a program drops a packet and counts it once, under this reason only.
     #[track_caller]
-    pub fn expect_drop(&self, program: &str, frame: &[u8], reason: Reason) {
+    pub(crate) fn expect_drop(&self, program: &str, frame: &[u8], reason: Reason) {
         let before = self.counts();
         let output = self.run(program, frame);
         self.check_drop(before, output.verdict, TC_ACT_SHOT, reason);
@@ -366,7 +372,7 @@ impl World {
 
     /// Like [`Self::expect_drop`], for a packet from the underlay.
     #[track_caller]
-    pub fn expect_refused(&self, hook: Hook, frame: &[u8], reason: Reason) {
+    pub(crate) fn expect_refused(&self, hook: Hook, frame: &[u8], reason: Reason) {
         let before = self.counts();
         let output = self.receive(hook, frame);
         self.check_drop(before, output.verdict, hook.dropped(), reason);
@@ -385,7 +391,7 @@ impl World {
     }
 
     /// Makes `seal` send a keepalive.
-    pub fn keepalive(&self, peer: u32) -> Output {
+    pub(crate) fn keepalive(&self, peer: u32) -> Output {
         self.run("seal", &overnode_ebpf::wire::keepalive_frame(peer))
     }
 }
@@ -408,7 +414,7 @@ where
 }
 
 /// Returns the session of [`SLOT`], live for another hour.
-pub fn session() -> Session {
+pub(crate) fn session() -> Session {
     let now = boot_ns();
     Session {
         state: SESSION_LIVE,
@@ -426,7 +432,7 @@ pub fn session() -> Session {
 }
 
 /// Returns the time in nanoseconds since boot.
-pub fn boot_ns() -> u64 {
+pub(crate) fn boot_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is valid.
     assert_eq!(

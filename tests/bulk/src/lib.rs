@@ -1,6 +1,8 @@
 //! Reimplements segmenting and coalescing in a slow and obvious way, and checks properties of both.
 //! The tests of this package and the fuzz target `bulk` use it.
 
+#![allow(missing_docs, reason = "the fields are those of the headers")]
+
 use std::collections::BTreeMap;
 
 use overnode_daemon::bulk::packet::{GSO_ECN, GSO_NONE, GSO_UDP_L4, Headers, NEEDS_CSUM};

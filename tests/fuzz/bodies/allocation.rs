@@ -17,7 +17,7 @@ use super::input::{Input, MAX_STEPS};
 const OWN: [u16; 2] = [1, 5];
 
 /// Runs a node among hostile members, step by step.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut world = World::new(OWN[usize::from(input.byte() & 1)]);
     for _ in 0..MAX_STEPS {
@@ -195,7 +195,7 @@ fn config(id: NodeId, incarnation: u64) -> Config {
     Config { network: Network::default(), id, incarnation, timing: Timing::default() }
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let message = |from: u8, message: &Message| {
         [vec![(from - 1) << 4], Input::framed(&message.encode())].concat()
     };

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
     match kind {
         b'a' => document::<Launch>(bytes),
@@ -77,7 +77,7 @@ fn text<T: FromStr<Err: Display> + Display + PartialEq>(bytes: &[u8]) {
     }
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let key = PublicKey([7; 32]);
     let secret = Secret([1; 32]);
     let secret = PublicKey(secret.0);

@@ -7,7 +7,7 @@ use overnode_daemon::bulk::VnetHeader;
 use super::input::{Input, MAX_STEPS};
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => {
@@ -72,7 +72,7 @@ fn flows(input: &mut Input<'_>) {
     check_coalesce(&packets, coalesces_udp);
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let mut seeds = Vec::new();
     for (v6, tcp, cut, join) in [
         (false, true, "cut-tcp-4", "join-tcp-4"),

@@ -13,7 +13,7 @@ const COMMANDS: [&str; 6] = ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"];
 const VARIABLES: [&str; 4] = ["CNI_CONTAINERID", "CNI_IFNAME", "CNI_NETNS", "CNI_ARGS"];
 
 /// Runs one input: the command, the other variables, and the rest as standard input.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     let kind = usize::from(input.byte());
     let values = VARIABLES.map(|name| (name, String::from_utf8_lossy(input.bytes()).into_owned()));
@@ -104,7 +104,7 @@ fn check_added(config: &config::Config, wanted: &config::Attachment, result: &se
     assert!(result::addresses(result).is_some_and(|found| found.contains(&address)), "{result}");
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let call = |command: &str, values: [&str; 4], config: &str| {
         let kind = COMMANDS.iter().position(|known| *known == command).unwrap_or(COMMANDS.len());
         let values: Vec<u8> =

@@ -16,7 +16,7 @@ use overnode_types::{Network, NodeId, Secret};
 use super::input::{Input, MAX_STEPS};
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => frames(&mut input),
@@ -200,7 +200,7 @@ fn node(seed: u8) -> Hello {
     }
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let peer = Hello {
         id: NodeId::new(4095).expect("in range"),
         nickname: "hôte".into(),

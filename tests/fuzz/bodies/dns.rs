@@ -23,7 +23,7 @@ const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 40, 0, 9));
 const HEADER: usize = 12;
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => query(input.0, Transport::Udp),
@@ -149,7 +149,7 @@ fn question(name: &str, edns: bool) -> Message {
     message
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let query = |kind: u8, name: &str, edns| {
         let bytes = question(name, edns).to_vec().expect("a query can be written");
         [vec![kind], bytes].concat()

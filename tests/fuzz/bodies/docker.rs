@@ -39,7 +39,7 @@ const PATHS: [&str; 17] = [
 const REPORT: u8 = 250;
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => conversation(&mut input),
@@ -175,7 +175,7 @@ fn words(text: &str) {
     assert!(text.chars().all(is_harmless), "{text:?}");
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let path = |wanted: &str| PATHS.iter().position(|path| *path == wanted).expect("a path") as u8;
     let ask = |to: &str, body: &str| [vec![path(to)], Input::framed(body.as_bytes())].concat();
     let network = r#"{"NetworkID":"n1","IPv4Data":[{"Pool":"10.32.0.0/12"}],"IPv6Data":null}"#;

@@ -21,7 +21,7 @@ const OWN: u16 = 1;
 const NEIGHBOURS: [u16; 2] = [2, 3];
 
 /// Runs a node among hostile neighbors, step by step.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut world = World::new();
     let mut input = Input(data);
     for _ in 0..MAX_STEPS {
@@ -231,7 +231,7 @@ fn signed(mut routed: RoutedMessage) -> RoutedMessage {
     routed
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let message =
         |step: u8, message: &Message| [vec![step], Input::framed(&message.encode())].concat();
     let signed_message = |peer: u8, by: u8, message: &Message| {

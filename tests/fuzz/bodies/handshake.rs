@@ -24,7 +24,7 @@ const MACS: usize = 32;
 const MANY_SLOTS: usize = 400;
 
 /// Runs both nodes and the network between them, step by step.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut world = World::new();
     let mut input = Input(data);
     world.pass(Duration::ZERO);
@@ -218,7 +218,7 @@ fn address(number: usize) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number as u8], 6784))
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let raw = |step: u8, kind: u8, length: usize| {
         let mut bytes = vec![0; length];
         bytes[0] = kind;

@@ -27,7 +27,7 @@ const HEADER: usize = 32;
 const LONGEST: usize = 1500;
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => check(input.0),
@@ -104,7 +104,7 @@ fn event(bytes: &[u8]) {
     }
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let ethernet = |kind: [u8; 2], rest: &[u8]| [&[2; 12], &kind[..], rest].concat();
     let mut udp = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 40, 0, 1, 10, 42, 0, 1];
     udp.extend([0x1a, 0x80, 0x1a, 0x80, 0, 8, 0, 0]);

@@ -12,7 +12,7 @@ use super::input::{Input, MAX_STEPS};
 
 /// Runs a node with two peers that send any probes. Requests are also answered, sometimes with a
 /// wrong stamp.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut now = Instant::now();
     let mut paths = Paths::new(StdRng::seed_from_u64(1));
@@ -74,7 +74,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let request =
         Probe { kind: Kind::Request, size: 60, sequence: 1, stamp: 2, seen: 1440, carries: 1440 };
     let incoming =

@@ -42,7 +42,7 @@ fn place() -> tempfile::TempDir {
 }
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     let place = place();
     let file = place.path().join(DATABASE);
@@ -265,7 +265,7 @@ fn peer() -> Vec<u8> {
     value.expect("the entry exists").value().to_vec()
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let put_bytes = |kind: u8, key: u16, value: &[u8]| {
         [&[0, kind], &key.to_le_bytes()[..], &Input::framed(value)].concat()
     };

@@ -14,7 +14,7 @@ use overnode_types::{BootTime, NodeId, SessionIndex};
 use super::input::Input;
 
 /// Runs one input. The first byte selects the type of the rest.
-pub fn run(data: &[u8]) {
+pub(crate) fn run(data: &[u8]) {
     let mut input = Input(data);
     match input.byte() {
         0 => routed(input.0),
@@ -74,7 +74,7 @@ fn session() -> Session {
     })
 }
 
-pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let id = |number| NodeId::new(number).expect("in range");
     let routed = RoutedMessage {
         from: id(1),

@@ -12,7 +12,7 @@ use crate::world::{Event, World};
 
 impl World {
     /// Does one random thing and schedules the next.
-    pub fn chaos(&mut self) {
+    pub(crate) fn chaos(&mut self) {
         match self.rng.random_range(0..100) {
             70.. if self.is_calm && self.rng.random_bool(0.8) => {}
             0..45 => self.some_containers(),
@@ -46,7 +46,7 @@ impl World {
     }
 
     /// Requests an address for a new container.
-    pub fn ask_address(&mut self, id: NodeId) {
+    pub(crate) fn ask_address(&mut self, id: NodeId) {
         let now = self.now;
         self.counts.attaches += 1;
         let owner = format!("container {}", self.counts.attaches);
@@ -73,7 +73,7 @@ impl World {
     }
 
     /// Removes up to `most` containers of a node.
-    pub fn detach(&mut self, id: NodeId, most: usize) {
+    pub(crate) fn detach(&mut self, id: NodeId, most: usize) {
         let now = self.now;
         let Some(disk) = self.hosts.get_mut(&id).and_then(|host| host.disk.as_mut()) else {
             return;
@@ -155,7 +155,7 @@ impl World {
     }
 
     /// Makes some node reclaim the space of a node that is dead, or that is cut off and seems dead.
-    pub fn reclaim_at_some_node(&mut self, of: NodeId) {
+    pub(crate) fn reclaim_at_some_node(&mut self, of: NodeId) {
         let seems_dead = self.hosts[&of].is_dead || self.may_be_reclaimed_alive(of);
         let lenders: Vec<_> =
             self.running().into_iter().filter(|id| id.has_initial_quarter()).collect();
@@ -176,7 +176,7 @@ impl World {
     /// others (docs/internals/addresses.md). A borrower keeps using its blocks, and a lender keeps
     /// using what it took from its own lendable half. Two reclaimed nodes that do not know about it
     /// vouch for each other, and lend.
-    pub fn has_nothing_to_lose(&self, id: NodeId) -> bool {
+    pub(crate) fn has_nothing_to_lose(&self, id: NodeId) -> bool {
         let Some(disk) = &self.hosts[&id].disk else { return false };
         !self.is_rich(disk) && !self.is_only_witness(id) && !self.is_another_reclaimed_alive(id)
     }
@@ -278,7 +278,7 @@ impl World {
         }
     }
 
-    pub fn reclaim(&mut self, id: NodeId, of: NodeId) {
+    pub(crate) fn reclaim(&mut self, id: NodeId, of: NodeId) {
         let now = self.now;
         let Some(node) = self.node(id).filter(|node| !node.leaving) else { return };
         let outcome = node.ipam.reclaim(of, now);
@@ -288,7 +288,7 @@ impl World {
     }
 
     /// Ends all failures and starts all hosts that are not dead.
-    pub fn heal(&mut self) {
+    pub(crate) fn heal(&mut self) {
         self.log(|| "heal".into());
         self.blocked.clear();
         self.isolated.clear();
@@ -320,7 +320,7 @@ impl World {
     }
 
     /// Reclaims dead nodes, as an administrator does with nodes that stay unreachable.
-    pub fn reclaim_dead_nodes(&mut self) {
+    pub(crate) fn reclaim_dead_nodes(&mut self) {
         let dead: Vec<_> =
             self.hosts.iter().filter(|(_, host)| host.is_dead).map(|(id, _)| *id).collect();
         for of in dead {
@@ -385,7 +385,7 @@ impl World {
 
     /// Runs random events for a while, then heals everything. Returns an error if something went
     /// wrong.
-    pub fn live(&mut self) -> Result<(), String> {
+    pub(crate) fn live(&mut self) -> Result<(), String> {
         for id in self.ids() {
             let delay = if self.rng.random_bool(0.8) { 0.0 } else { 20.0 };
             let delay = self.random(0.0, delay + 3.0);

@@ -11,7 +11,7 @@ use crate::world::World;
 impl World {
     /// Checks that all nodes see the same state, each address has one holder, and nothing is
     /// pending.
-    pub fn converged(&self) -> Result<(), String> {
+    pub(crate) fn converged(&self) -> Result<(), String> {
         let living: BTreeSet<NodeId> =
             self.hosts.iter().filter(|(_, host)| !host.is_dead).map(|(id, _)| *id).collect();
         for id in &living {

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 
 /// The data that survives a crash, exactly as it was written.
 #[derive(Clone, Debug, Default)]
-pub struct Disk {
+pub(crate) struct Disk {
     /// Increases with each start.
     pub incarnation: u64,
     pub facts: BTreeMap<Key, Fact>,
@@ -28,7 +28,7 @@ pub struct Disk {
 }
 
 /// A running node: the real cores.
-pub struct Node {
+pub(crate) struct Node {
     pub gossip: Gossip,
     pub ipam: Ipam,
     /// The routes that the data plane would get.
@@ -51,7 +51,7 @@ pub struct Node {
 
 /// One machine.
 #[derive(Default)]
-pub struct Host {
+pub(crate) struct Host {
     pub disk: Option<Disk>,
     pub node: Option<Node>,
     /// Whether the host is gone for good with this disk.
@@ -62,7 +62,7 @@ pub struct Host {
 }
 
 impl Disk {
-    pub fn write(&mut self, changes: &[Change], loses_loans: bool) {
+    pub(crate) fn write(&mut self, changes: &[Change], loses_loans: bool) {
         self.undo.clear();
         for change in changes {
             let (key, before) = match change {
@@ -74,7 +74,7 @@ impl Disk {
         }
     }
 
-    pub fn forget_last_write(&mut self) {
+    pub(crate) fn forget_last_write(&mut self) {
         for (key, before) in std::mem::take(&mut self.undo).into_iter().rev() {
             match before {
                 Some(fact) => self.facts.insert(key, fact),
@@ -84,7 +84,7 @@ impl Disk {
     }
 
     /// Returns whether this disk has the block or the ledger that another node's fact claims.
-    pub fn contradicts(&self, fact: &Fact) -> bool {
+    pub(crate) fn contradicts(&self, fact: &Fact) -> bool {
         match fact {
             Fact::Held { block, lost: false } => self.facts.values().any(|known| {
                 matches!(known, Fact::Held { block: other, lost: false }
@@ -101,7 +101,7 @@ impl Disk {
     }
 
     /// Returns the launch that the disk belongs to.
-    pub fn epoch(&self) -> u64 {
+    pub(crate) fn epoch(&self) -> u64 {
         match self.facts.get(&Key::Epoch) {
             Some(Fact::Epoch(epoch)) => *epoch,
             _ => 0,
@@ -109,7 +109,7 @@ impl Disk {
     }
 
     /// Returns whether the disk has a block of this node that contains the address.
-    pub fn holds(&self, address: IpAddr) -> bool {
+    pub(crate) fn holds(&self, address: IpAddr) -> bool {
         self.facts
             .values()
             .any(|fact| matches!(fact, Fact::Held { block, .. } if block.contains(&address)))
@@ -117,7 +117,7 @@ impl Disk {
 }
 
 impl Node {
-    pub fn start(
+    pub(crate) fn start(
         id: NodeId,
         disk: &mut Disk,
         network: Network,
@@ -178,7 +178,7 @@ impl Node {
         }
     }
 
-    pub fn poll_timeout(&self, pace: Duration) -> Option<Instant> {
+    pub(crate) fn poll_timeout(&self, pace: Duration) -> Option<Instant> {
         let paths = self.paths_at.filter(|_| self.paths_are_old).map(|last| last + pace);
         [self.gossip.poll_timeout(), self.ipam.poll_timeout(), paths].into_iter().flatten().min()
     }
@@ -193,12 +193,12 @@ fn signer(id: NodeId) -> Signer {
 }
 
 /// Returns the identity that a node introduces itself with.
-pub fn keys(id: NodeId) -> VerifyingKey {
+pub(crate) fn keys(id: NodeId) -> VerifyingKey {
     signer(id).verifying_key()
 }
 
 /// Returns what gossip tells the allocation about a node.
-pub fn peer(record: &Record) -> Peer {
+pub(crate) fn peer(record: &Record) -> Peer {
     Peer {
         incarnation: record.incarnation,
         left: record.left,

@@ -21,12 +21,12 @@ use crate::world::World;
 const MOST_FORGED: usize = 4;
 
 impl World {
-    pub fn is_liar(&self, id: NodeId) -> bool {
+    pub(crate) fn is_liar(&self, id: NodeId) -> bool {
         self.liar == Some(id)
     }
 
     /// Tells one lie.
-    pub fn lie(&mut self) {
+    pub(crate) fn lie(&mut self) {
         let Some(liar) = self.liar.filter(|liar| self.hosts[liar].node.is_some()) else { return };
         if self.rng.random_bool(0.2) {
             self.forged = self.some_ranges();
@@ -42,7 +42,7 @@ impl World {
     }
 
     /// Returns the liar's answer to a question, or `None` if it tells the truth.
-    pub fn false_answer(&mut self, question: &Message) -> Option<Message> {
+    pub(crate) fn false_answer(&mut self, question: &Message) -> Option<Message> {
         let liar = self.liar?;
         if !self.is_rough || self.rng.random_bool(0.5) {
             return None;
@@ -218,7 +218,7 @@ impl World {
     /// node no longer announces them, so the liar may announce them first before the node gets them
     /// again. Stopped nodes still have the earlier route on their disks. That route ends as well,
     /// because after the restart they hear both announcements at once.
-    pub fn end_routes(&mut self, owner: NodeId, block: Option<IpNet>) {
+    pub(crate) fn end_routes(&mut self, owner: NodeId, block: Option<IpNet>) {
         for host in self.hosts.values_mut() {
             let is_in = |address: &IpAddr| block.is_none_or(|block| block.contains(address));
             host.routed.retain(|address, holder| *holder != owner || !is_in(address));
@@ -227,7 +227,7 @@ impl World {
 
     /// Checks routes to the liar. If a node once routed an address to its honest owner, it must not
     /// route it to the liar later while the owner is reachable and has the address.
-    pub fn check_routes(&mut self) {
+    pub(crate) fn check_routes(&mut self) {
         let Some(liar) = self.liar else { return };
         let now = self.now;
         // A node does not announce a block that it lost, even if containers still use addresses

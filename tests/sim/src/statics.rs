@@ -10,7 +10,7 @@ use crate::world::World;
 
 impl World {
     /// Checks that each static address in use is announced by exactly one of the nodes that use it.
-    pub fn check_statics(&self, living: &BTreeSet<NodeId>) -> Result<(), String> {
+    pub(crate) fn check_statics(&self, living: &BTreeSet<NodeId>) -> Result<(), String> {
         let mut users: BTreeMap<IpAddr, Vec<NodeId>> = BTreeMap::new();
         for id in living {
             let disk = self.hosts[id].disk.as_ref();

@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use crate::host::{Disk, Host, Node, keys, peer};
 
 /// Longer than both ends of a connection need to notice that nothing arrives.
-pub const GRACE: Duration = Duration::from_secs(15);
+pub(crate) const GRACE: Duration = Duration::from_secs(15);
 
 /// A deliberate error in the nodes. The simulation must find it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,7 +85,7 @@ pub struct Counts {
     pub reports: u64,
 }
 
-pub enum Payload {
+pub(crate) enum Payload {
     Gossip(Vec<u8>),
     RoutedMessage {
         from: NodeId,
@@ -97,7 +97,7 @@ pub enum Payload {
     Sealed(Vec<u8>),
 }
 
-pub enum Event {
+pub(crate) enum Event {
     Deliver {
         from: NodeId,
         to: NodeId,
@@ -148,7 +148,7 @@ impl Ord for Queued {
     }
 }
 
-pub struct World {
+pub(crate) struct World {
     pub settings: Settings,
     pub rng: StdRng,
     pub start: Instant,
@@ -192,13 +192,13 @@ pub struct World {
 
 /// Messages and bytes that were sent over the network.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Traffic {
+pub(crate) struct Traffic {
     pub messages: u64,
     pub bytes: u64,
 }
 
 impl World {
-    pub fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: Settings) -> Self {
         let mut rng = StdRng::seed_from_u64(settings.seed);
         let now = Instant::now();
         let prefix = [20, 23, 24, 25, 26][rng.random_range(0..5)];
@@ -248,40 +248,40 @@ impl World {
         world
     }
 
-    pub fn ids(&self) -> Vec<NodeId> {
+    pub(crate) fn ids(&self) -> Vec<NodeId> {
         self.hosts.keys().copied().collect()
     }
 
-    pub fn running(&self) -> Vec<NodeId> {
+    pub(crate) fn running(&self) -> Vec<NodeId> {
         self.hosts.iter().filter(|(_, host)| host.node.is_some()).map(|(id, _)| *id).collect()
     }
 
-    pub fn node(&mut self, id: NodeId) -> Option<&mut Node> {
+    pub(crate) fn node(&mut self, id: NodeId) -> Option<&mut Node> {
         self.hosts.get_mut(&id)?.node.as_mut()
     }
 
-    pub fn log(&self, text: impl FnOnce() -> String) {
+    pub(crate) fn log(&self, text: impl FnOnce() -> String) {
         if self.settings.verbose {
             eprintln!("{:9.3} {}", (self.now - self.start).as_secs_f64(), text());
         }
     }
 
-    pub fn violate(&mut self, text: String) {
+    pub(crate) fn violate(&mut self, text: String) {
         self.log(|| format!("VIOLATION {text}"));
         self.violations.push(text);
     }
 
-    pub fn after(&mut self, delay: Duration, event: Event) {
+    pub(crate) fn after(&mut self, delay: Duration, event: Event) {
         self.order += 1;
         self.queue.push(Reverse(Queued { at: self.now + delay, order: self.order, event }));
     }
 
-    pub fn random(&mut self, low: f64, high: f64) -> Duration {
+    pub(crate) fn random(&mut self, low: f64, high: f64) -> Duration {
         Duration::from_secs_f64(self.rng.random_range(low..high))
     }
 
     /// Runs the next event if it is due by `end`. Returns false if none is.
-    pub fn step(&mut self, end: Instant) -> bool {
+    pub(crate) fn step(&mut self, end: Instant) -> bool {
         if self.queue.peek().is_none_or(|Reverse(next)| next.at > end) {
             self.now = end;
             return false;
@@ -293,13 +293,13 @@ impl World {
         true
     }
 
-    pub fn run(&mut self, time: Duration) {
+    pub(crate) fn run(&mut self, time: Duration) {
         let end = self.now + time;
         while self.violations.is_empty() && self.step(end) {}
     }
 
     /// Removes the scheduled chaos.
-    pub fn drop_chaos(&mut self) {
+    pub(crate) fn drop_chaos(&mut self) {
         self.queue.retain(|Reverse(queued)| !matches!(queued.event, Event::Chaos));
     }
 
@@ -319,7 +319,7 @@ impl World {
     }
 
     /// Launches a new node on a host that has none.
-    pub fn launch(&mut self, id: NodeId) {
+    pub(crate) fn launch(&mut self, id: NodeId) {
         let milliseconds = 1_700_000_000_000 + (self.now - self.start).as_millis() as u64;
         let Some(host) = self.hosts.get_mut(&id) else { return };
         if host.disk.is_some() {
@@ -332,7 +332,7 @@ impl World {
     }
 
     /// Starts the node that is on the host's disk.
-    pub fn restart(&mut self, id: NodeId) {
+    pub(crate) fn restart(&mut self, id: NodeId) {
         let rng = StdRng::seed_from_u64(self.rng.random());
         let (network, timing, now) = (self.network, self.timing, self.now);
         let Some(host) = self.hosts.get_mut(&id) else { return };
@@ -352,7 +352,7 @@ impl World {
     }
 
     /// Ends the process without a shutdown. The disk remains.
-    pub fn crash(&mut self, id: NodeId) {
+    pub(crate) fn crash(&mut self, id: NodeId) {
         let Some(host) = self.hosts.get_mut(&id) else { return };
         if host.node.take().is_none() {
             return;
@@ -381,7 +381,7 @@ impl World {
     }
 
     /// Removes a host's node and its disk.
-    pub fn wipe(&mut self, id: NodeId) {
+    pub(crate) fn wipe(&mut self, id: NodeId) {
         let Some(host) = self.hosts.get_mut(&id) else { return };
         host.node = None;
         host.disk = None;
@@ -392,12 +392,12 @@ impl World {
         self.hang_up(id);
     }
 
-    pub fn is_blocked(&self, from: NodeId, to: NodeId) -> bool {
+    pub(crate) fn is_blocked(&self, from: NodeId, to: NodeId) -> bool {
         self.blocked.contains_key(&(from, to))
     }
 
     /// Blocks these directions for a time. Returns the number of the cut.
-    pub fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) -> u64 {
+    pub(crate) fn block(&mut self, directions: Vec<(NodeId, NodeId)>, time: Duration) -> u64 {
         self.faults += 1;
         let fault = self.faults;
         for (from, to) in directions {
@@ -568,7 +568,7 @@ impl World {
         self.after(delay, Event::Deliver { from, to, link, payload });
     }
 
-    pub fn send_routed(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
+    pub(crate) fn send_routed(&mut self, from: NodeId, to: NodeId, body: Vec<u8>) {
         if body.len() > ipam::MAX_MESSAGE {
             self.violate(format!("{from} sends {} bytes at once", body.len()));
         }
@@ -629,7 +629,7 @@ impl World {
     }
 
     /// Carries out what the cores of a node decided.
-    pub fn pump(&mut self, id: NodeId) {
+    pub(crate) fn pump(&mut self, id: NodeId) {
         let mut delayed = Vec::new();
         loop {
             if let Some(action) = self.node(id).and_then(|node| node.gossip.poll_action()) {
@@ -816,7 +816,7 @@ impl World {
     }
 
     /// Returns whether a node was reclaimed and does not know it yet.
-    pub fn is_reclaimed_alive(&self, id: NodeId) -> bool {
+    pub(crate) fn is_reclaimed_alive(&self, id: NodeId) -> bool {
         let epoch = self.hosts[&id].disk.as_ref().map(Disk::epoch);
         self.reclaimed.get(&id).is_some_and(|up_to| epoch.is_some_and(|epoch| epoch <= *up_to))
     }
@@ -828,7 +828,7 @@ impl World {
     }
 
     /// Returns whether there is another node like that. The two may vouch for each other.
-    pub fn is_another_reclaimed_alive(&self, id: NodeId) -> bool {
+    pub(crate) fn is_another_reclaimed_alive(&self, id: NodeId) -> bool {
         self.ids().into_iter().any(|other| other != id && self.is_reclaimed_alive(other))
     }
 

@@ -16,7 +16,7 @@ use super::{Release, Tree, quietly};
 ///
 /// # Errors
 /// Returns an error if something is missing or a step fails.
-pub fn make(
+pub(crate) fn make(
     workspace: &Workspace,
     built: &Built,
     release: &Release,

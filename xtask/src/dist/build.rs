@@ -12,7 +12,7 @@ use super::{output, quietly};
 
 /// The build results that are packed.
 #[derive(Clone, Debug)]
-pub struct Built {
+pub(crate) struct Built {
     /// The directory of `overnode` and `overnoded`.
     pub programs: PathBuf,
     /// The directory of the man pages and shell completions.
@@ -25,7 +25,7 @@ pub struct Built {
 ///
 /// # Errors
 /// Returns an error if the build fails.
-pub fn host(workspace: &Workspace) -> Result<Built> {
+pub(crate) fn host(workspace: &Workspace) -> Result<Built> {
     let target = triple("gnu");
     let mut cargo = cargo(workspace, &target);
     cargo.args(["--bins", "--example", "documents"]);
@@ -42,7 +42,7 @@ pub fn host(workspace: &Workspace) -> Result<Built> {
 ///
 /// # Errors
 /// Returns an error if the build fails.
-pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
+pub(crate) fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
     let programs = workspace.target.join("debug");
     // `cargo xtask test`, which sets this variable, has already built everything.
     if std::env::var_os("OVERNODE_BIN_DIR").is_none() {
@@ -69,7 +69,7 @@ pub fn development(workspace: &Workspace, documents: PathBuf) -> Result<Built> {
 ///
 /// # Errors
 /// Returns an error if the build fails.
-pub fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
+pub(crate) fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
     let target = triple("musl");
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
     if !PathBuf::from(sysroot.trim()).join("lib/rustlib").join(&target).is_dir() {
@@ -86,7 +86,7 @@ pub fn static_programs(workspace: &Workspace, built: &Built) -> Result<Built> {
 }
 
 /// Returns the target triple of this machine with the given C library.
-pub fn triple(library: &str) -> String {
+pub(crate) fn triple(library: &str) -> String {
     format!("{}-unknown-linux-{library}", std::env::consts::ARCH)
 }
 
@@ -112,7 +112,7 @@ fn cargo(workspace: &Workspace, target: &str) -> Command {
 
 /// Returns the names, versions and licenses of all libraries. Most of their licenses require this
 /// list.
-pub fn libraries(workspace: &Workspace, target: &str) -> Result<String> {
+pub(crate) fn libraries(workspace: &Workspace, target: &str) -> Result<String> {
     let mut cargo = workspace.cargo();
     cargo.args(["tree", "--locked", "--target", target, "--edges", "normal", "--prefix", "none"]);
     cargo.args([

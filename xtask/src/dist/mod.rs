@@ -37,7 +37,7 @@ const PROGRAMS: [(&str, &str); 5] = [
 #[command(after_help = "Examples:\n  \
     cargo xtask dist                          into target/dist\n  \
     cargo xtask dist --version-suffix +2      the same with a later version, to test an upgrade")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Output directory [default: target/dist]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -48,7 +48,7 @@ pub struct Arguments {
 
 /// The version and the time stamp of a release.
 #[derive(Debug)]
-pub struct Release {
+pub(crate) struct Release {
     /// The workspace's version with the requested suffix.
     pub version: String,
     /// The time of the commit, in seconds since 1970. All files get this time.
@@ -60,7 +60,7 @@ impl Release {
     ///
     /// # Errors
     /// Returns an error if neither git nor SOURCE_DATE_EPOCH provides a time.
-    pub fn of(workspace: &Workspace, suffix: &str) -> Result<Self> {
+    pub(crate) fn of(workspace: &Workspace, suffix: &str) -> Result<Self> {
         let time = match std::env::var("SOURCE_DATE_EPOCH") {
             Ok(time) => time,
             Err(_) => {
@@ -80,7 +80,7 @@ impl Release {
 ///
 /// # Errors
 /// Returns an error if something is missing and cannot be installed, or if a step fails.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&PROGRAMS)?;
     let workspace = Workspace::find()?;
@@ -103,7 +103,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 ///
 /// # Errors
 /// Returns an error under the same conditions as [`run`].
-pub fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]> {
+pub(crate) fn trials(workspace: &Workspace, suffixes: [&str; 2]) -> Result<[PathBuf; 2]> {
     setup::programs(&PROGRAMS[..3])?;
     let out = workspace.target.join("dist-test");
     std::fs::create_dir_all(&out)?;

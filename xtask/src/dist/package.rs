@@ -12,7 +12,7 @@ use super::{Release, Tree, output, quietly};
 
 /// The compression level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
+pub(crate) enum Compression {
     /// For releases: small files.
     Small,
     /// For tests: fast compression.
@@ -21,7 +21,7 @@ pub enum Compression {
 
 /// A package and its dependencies.
 #[derive(Debug)]
-pub struct Package {
+pub(crate) struct Package {
     /// The `.deb` file.
     pub file: PathBuf,
     /// The `Depends` field of its control file.
@@ -32,7 +32,7 @@ pub struct Package {
 ///
 /// # Errors
 /// Returns an error if something is missing or a step fails.
-pub fn make(
+pub(crate) fn make(
     workspace: &Workspace,
     built: &Built,
     release: &Release,
@@ -86,7 +86,7 @@ fn fill(tree: &Tree, dist: &Path, built: &Built, release: &Release) -> Result<()
 }
 
 /// Copies man pages and completions to the places below `share` where shells look for them.
-pub fn documents(tree: &Tree, from: &Path, share: &str) -> Result<()> {
+pub(crate) fn documents(tree: &Tree, from: &Path, share: &str) -> Result<()> {
     let mut names: Vec<String> = std::fs::read_dir(from)
         .with_context(|| from.display().to_string())?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

@@ -14,7 +14,7 @@ use super::output;
 
 /// A directory tree that is being filled.
 #[derive(Debug)]
-pub struct Tree {
+pub(crate) struct Tree {
     root: PathBuf,
 }
 
@@ -23,7 +23,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the directory cannot be created.
-    pub fn new(root: PathBuf) -> Result<Self> {
+    pub(crate) fn new(root: PathBuf) -> Result<Self> {
         let _ = fs::remove_dir_all(&root);
         let tree = Self { root };
         tree.folder("")?;
@@ -31,7 +31,7 @@ impl Tree {
     }
 
     /// Returns the path of the tree.
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
@@ -39,7 +39,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the file cannot be written.
-    pub fn put(&self, place: &str, mode: u32, content: &[u8]) -> Result<()> {
+    pub(crate) fn put(&self, place: &str, mode: u32, content: &[u8]) -> Result<()> {
         self.above(place)?;
         let file = self.root.join(place);
         fs::write(&file, content).with_context(|| file.display().to_string())?;
@@ -50,7 +50,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or written.
-    pub fn copy(&self, place: &str, mode: u32, from: &Path) -> Result<()> {
+    pub(crate) fn copy(&self, place: &str, mode: u32, from: &Path) -> Result<()> {
         let content = fs::read(from).with_context(|| from.display().to_string())?;
         self.put(place, mode, &content)
     }
@@ -59,7 +59,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the program cannot be stripped.
-    pub fn program(&self, place: &str, from: &Path) -> Result<()> {
+    pub(crate) fn program(&self, place: &str, from: &Path) -> Result<()> {
         self.above(place)?;
         let file = self.root.join(place);
         let mut strip = Command::new("strip");
@@ -77,7 +77,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the file cannot be written.
-    pub fn compressed(&self, place: &str, content: &[u8]) -> Result<()> {
+    pub(crate) fn compressed(&self, place: &str, content: &[u8]) -> Result<()> {
         self.put(place, 0o644, &gzip(content)?)
     }
 
@@ -85,7 +85,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the link cannot be created.
-    pub fn link(&self, place: &str, to: &str) -> Result<()> {
+    pub(crate) fn link(&self, place: &str, to: &str) -> Result<()> {
         self.above(place)?;
         Ok(symlink(to, self.root.join(place))?)
     }
@@ -94,7 +94,7 @@ impl Tree {
     ///
     /// # Errors
     /// Returns an error if the tree cannot be read.
-    pub fn size(&self) -> Result<u64> {
+    pub(crate) fn size(&self) -> Result<u64> {
         fn below(folder: &Path) -> Result<u64> {
             let mut sum = 1;
             for entry in fs::read_dir(folder)? {

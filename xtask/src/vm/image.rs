@@ -14,7 +14,7 @@ use crate::step::{describe, show};
 
 /// The kernel modules that the lab, WireGuard and overnode use. Their dependencies are included.
 /// They are loaded on demand, as on any machine.
-pub const MODULES: [&str; 7] =
+pub(crate) const MODULES: [&str; 7] =
     ["veth", "bridge", "nf_tables", "sch_ingress", "cls_bpf", "tun", "wireguard"];
 const FOLDERS: [&str; 11] =
     ["bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "var", "root", "usr/bin"];
@@ -23,7 +23,7 @@ const FOLDERS: [&str; 11] =
 ///
 /// # Errors
 /// Returns an error if a program, a library or a module is missing.
-pub fn pack(
+pub(crate) fn pack(
     folder: &Path,
     kernel: &Kernel,
     programs: &[(String, PathBuf)],

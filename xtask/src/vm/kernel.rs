@@ -15,7 +15,7 @@ const SERIES: &str = "6.1.";
 
 /// A kernel and its modules.
 #[derive(Debug)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     /// The release, as `uname -r` prints it.
     pub release: String,
     /// The kernel image.
@@ -29,7 +29,7 @@ impl Kernel {
     ///
     /// # Errors
     /// Returns an error if it is missing and this is not Debian 12, or if the download fails.
-    pub fn get(folder: &Path) -> Result<Self> {
+    pub(crate) fn get(folder: &Path) -> Result<Self> {
         let place = folder.join("kernel");
         if !place.is_dir() {
             download(folder, &place)?;

@@ -49,7 +49,7 @@ const HERE_ONLY: usize = 4;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Parts to run [default: all]
     #[arg(value_name = "PART", value_enum)]
     parts: Vec<Part>,
@@ -105,7 +105,7 @@ impl Part {
 /// # Errors
 /// Returns an error if something is missing and cannot be installed, or if a part fails. The
 /// machine's output has been shown by then.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run(Purpose::Build)?;
     setup::programs(&PROGRAMS)?;
     let workspace = Workspace::find()?;

@@ -47,7 +47,7 @@ const UNIT: &str = "[Unit]\n\
 ///
 /// # Errors
 /// Returns an error if something is missing or fails. The machine's output has been shown by then.
-pub fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, folder: &Path, kernel: &Kernel) -> Result<()> {
     setup::programs(&[("debootstrap", "debootstrap"), ("mkfs.ext4", "e2fsprogs")])?;
     let packages = crate::dist::trials(workspace, ["", "+1"])?;
     let debian = debian(folder)?;

@@ -185,6 +185,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Returns what the other side is told about the result of a check.
     pub fn of(checked: &Result<(), Refusal>) -> Self {
         match checked {
             Ok(()) => Self::Welcome,
@@ -208,6 +209,10 @@ impl Verdict {
         }
     }
 
+    /// Returns why the other side refuses this node, as this node reports it.
+    ///
+    /// # Errors
+    /// Returns the refusal, if it is one.
     pub fn into_result(self, me: &Hello, peer: &Hello) -> Result<(), Refusal> {
         match self {
             Self::Welcome => Ok(()),

@@ -9,19 +9,19 @@
 use std::time::{Duration, Instant};
 
 /// Burst of bytes: twice the size of all possible records.
-pub const BURST_BYTES: u64 = 64 << 20;
+pub(crate) const BURST_BYTES: u64 = 64 << 20;
 /// Sustained rate in bytes per second.
-pub const BYTES_PER_SECOND: u64 = 256 << 10;
+pub(crate) const BYTES_PER_SECOND: u64 = 256 << 10;
 /// Burst of messages.
-pub const BURST_MESSAGES: u64 = 16 << 10;
+pub(crate) const BURST_MESSAGES: u64 = 16 << 10;
 /// Sustained rate in messages per second. [`super::COLLECT`] limits honest nodes to less.
-pub const MESSAGES_PER_SECOND: u64 = 128;
+pub(crate) const MESSAGES_PER_SECOND: u64 = 128;
 
 /// Burst of signature verifications, for all neighbors together: sixteen times the number of
 /// possible records.
-pub const BURST_SIGNATURES: u64 = 64 << 10;
+pub(crate) const BURST_SIGNATURES: u64 = 64 << 10;
 /// Sustained rate of signature verifications per second, about a quarter of one core.
-pub const SIGNATURES_PER_SECOND: u64 = 2048;
+pub(crate) const SIGNATURES_PER_SECOND: u64 = 2048;
 
 /// The signatures that may still be verified. All neighbors share one bucket, because a member can
 /// be as many neighbors as there are free IDs.
@@ -32,14 +32,14 @@ pub(super) struct Signatures {
 }
 
 impl Signatures {
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         let bucket =
             Bucket { taken: 0, burst: BURST_SIGNATURES, each_second: SIGNATURES_PER_SECOND };
         Self { bucket, at: now }
     }
 
     /// Takes one signature from the bucket. Returns false if it is empty.
-    pub fn take(&mut self, now: Instant) -> bool {
+    pub(crate) fn take(&mut self, now: Instant) -> bool {
         self.bucket.refill(now.saturating_duration_since(self.at));
         self.at = self.at.max(now);
         let has_room = self.bucket.has_room();
@@ -67,14 +67,14 @@ struct Bucket {
 }
 
 impl Allowance {
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         let bucket = |burst, each_second| Bucket { taken: 0, burst, each_second };
         let bytes = bucket(BURST_BYTES, BYTES_PER_SECOND);
         Self { bytes, messages: bucket(BURST_MESSAGES, MESSAGES_PER_SECOND), at: now }
     }
 
     /// Charges one message. Returns false if the neighbor was over its limit before.
-    pub fn charge(&mut self, bytes: usize, now: Instant) -> bool {
+    pub(crate) fn charge(&mut self, bytes: usize, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.at);
         self.at = self.at.max(now);
         self.bytes.refill(passed);
@@ -87,7 +87,7 @@ impl Allowance {
 
     /// Returns the allowance for what this node forwards to a neighbor: half of the neighbor's
     /// limit, so that a flooding node cannot turn this node into one.
-    pub fn for_forwarding(now: Instant) -> Self {
+    pub(crate) fn for_forwarding(now: Instant) -> Self {
         let half = |bucket: Bucket| Bucket {
             burst: bucket.burst / 2,
             each_second: bucket.each_second / 2,
@@ -98,7 +98,7 @@ impl Allowance {
     }
 
     /// Charges one message if there is room for it. Returns false otherwise.
-    pub fn try_charge(&mut self, bytes: usize, now: Instant) -> bool {
+    pub(crate) fn try_charge(&mut self, bytes: usize, now: Instant) -> bool {
         let before = *self;
         let has_room = self.charge(bytes, now);
         if !has_room {
@@ -109,7 +109,7 @@ impl Allowance {
     }
 
     /// Charges a reply to the neighbor that asked for it.
-    pub fn charge_reply(&mut self, bytes: usize) {
+    pub(crate) fn charge_reply(&mut self, bytes: usize) {
         self.bytes.take(bytes);
     }
 }

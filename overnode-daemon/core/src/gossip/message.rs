@@ -31,7 +31,7 @@ pub const NAME_BYTES: usize = 64 * 1024;
 /// see [`super::SKEW_MS`].
 pub const MAX_STAMP: u64 = 1 << 62;
 /// Size in bytes at which a delta is split. A message exceeds it by at most one record.
-pub const DELTA_BYTES: usize = 256 * 1024;
+pub(crate) const DELTA_BYTES: usize = 256 * 1024;
 
 /// Maximum number of records in a delta. Honest nodes split deltas before that. Each record may
 /// have to be verified before anything else is done.

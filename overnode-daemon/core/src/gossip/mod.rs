@@ -30,7 +30,7 @@
 //! * make other nodes store a record for every ID, within the [`budget`]. Honest records that
 //!   outgrow their reserved room are refused until it stops;
 //! * keep other nodes busy with its records. All neighbors together cost a node at most
-//!   [`limit::SIGNATURES_PER_SECOND`] signatures per second. Honest records among them may be
+//!   `limit::SIGNATURES_PER_SECOND` signatures per second. Honest records among them may be
 //!   delayed until records are compared.
 //!
 //! It **cannot**

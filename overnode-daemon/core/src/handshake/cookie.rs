@@ -19,7 +19,7 @@ use crate::sources::{Limit, Sources};
 use overnode_types::{PublicKey, SessionIndex};
 
 /// Lifetime of a cookie, and of the secret that cookies are made from.
-pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
+pub(crate) const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
 /// Number of handshake messages with a valid `mac1` per second and [`Class`] above which cookies
 /// are demanded. Each message costs up to 0.3 ms, so 500 per second take a sixth of a core.
 const LOAD_THRESHOLDS: [u32; 3] = [200, 500, 500];
@@ -45,7 +45,7 @@ const LABEL_COOKIE: &[u8] = b"cookie--";
 type Cookie = [u8; MAC_LEN];
 
 /// The receiver's side: decides which messages may cost us a Diffie-Hellman computation.
-pub struct LoadGuard {
+pub(crate) struct LoadGuard {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     secret: [u8; 32],
@@ -64,7 +64,7 @@ pub struct LoadGuard {
 /// Classes of messages that do not compete with each other. A flood in one class leaves the others
 /// their share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
+pub(crate) enum Class {
     /// An initiation from an address where no peer is expected.
     Stranger,
     /// An initiation from an address where a peer is expected. The address may be spoofed.
@@ -75,7 +75,7 @@ pub enum Class {
 
 /// The decision about an initiation or a response.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Process the message.
     Process,
     /// Send this cookie reply instead.
@@ -88,7 +88,7 @@ pub enum Verdict {
 
 impl LoadGuard {
     /// Guards the node with this public key, on the given UDP port.
-    pub fn new(own: &PublicKey, port: u16) -> Self {
+    pub(crate) fn new(own: &PublicKey, port: u16) -> Self {
         let sources = || Sources::new(SOURCE_INTERVAL, SOURCE_BURST);
         Self {
             mac1_key: hash(LABEL_MAC1, own),
@@ -104,7 +104,7 @@ impl LoadGuard {
     }
 
     #[cfg(test)]
-    pub fn set_threshold(&mut self, threshold: u32) {
+    pub(crate) fn set_threshold(&mut self, threshold: u32) {
         for load in &mut self.loads {
             load.threshold = threshold;
         }
@@ -112,7 +112,7 @@ impl LoadGuard {
 
     /// Judges a message that came from `from` and is to be answered at index `sender`. Calls
     /// `class` only if the first MAC is valid.
-    pub fn judge(
+    pub(crate) fn judge(
         &mut self,
         macs: &Macs<'_>,
         sender: SessionIndex,
@@ -191,7 +191,7 @@ impl Drop for LoadGuard {
 }
 
 /// The sender's side: the cookies that one peer demands.
-pub struct CookieJar {
+pub(crate) struct CookieJar {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     cookie: Option<(Cookie, Instant)>,
@@ -200,14 +200,14 @@ pub struct CookieJar {
 }
 
 impl CookieJar {
-    pub fn new(peer: &PublicKey) -> Self {
+    pub(crate) fn new(peer: &PublicKey) -> Self {
         let (mac1_key, cookie_key) = (hash(LABEL_MAC1, peer), hash(LABEL_COOKIE, peer));
         Self { mac1_key, cookie_key, cookie: None, sent: None }
     }
 
     /// Fills in the MACs of a message that bears our index `sender`. Returns whether there was a
     /// cookie for the second MAC.
-    pub fn seal(&mut self, bytes: &mut [u8], sender: SessionIndex, now: Instant) -> bool {
+    pub(crate) fn seal(&mut self, bytes: &mut [u8], sender: SessionIndex, now: Instant) -> bool {
         let Some((rest, mac2)) = bytes.split_last_chunk_mut::<MAC_LEN>() else { return false };
         let Some((body, mac1)) = rest.split_last_chunk_mut::<MAC_LEN>() else { return false };
         *mac1 = mac(&self.mac1_key, &[body]);
@@ -222,7 +222,7 @@ impl CookieJar {
 
     /// Takes the cookie from a reply. Returns false if the reply matches no message of ours or is
     /// forged.
-    pub fn put(&mut self, reply: &CookieReply<'_>, now: Instant) -> bool {
+    pub(crate) fn put(&mut self, reply: &CookieReply<'_>, now: Instant) -> bool {
         let Some((_, mac1)) = self.sent.filter(|(index, _)| *index == reply.receiver) else {
             return false;
         };

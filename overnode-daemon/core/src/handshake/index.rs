@@ -12,10 +12,10 @@ use overnode_types::{PeerIndex, SessionIndex};
 
 /// How long a slot stays unused after its session was withdrawn. By then, a program that still uses
 /// the session has ended, and late packets do not reach the next session in the slot.
-pub const QUARANTINE: Duration = Duration::from_secs(5);
+pub(crate) const QUARANTINE: Duration = Duration::from_secs(5);
 
 /// The session slots in use and their owners.
-pub struct Slots {
+pub(crate) struct Slots {
     slots: Vec<Slot>,
     /// In the order in which they became free, so that each slot stays unused for as long as
     /// possible.
@@ -33,7 +33,7 @@ struct Slot {
 impl Slots {
     /// Creates the slots, all free. The first slot to allocate is random, so that slots in use
     /// before a restart also stay unused for a while.
-    pub fn new(rng: &mut StdRng) -> Self {
+    pub(crate) fn new(rng: &mut StdRng) -> Self {
         let mut free: VecDeque<_> = (1..SESSION_SLOTS).collect();
         free.rotate_left(rng.random_range(0..free.len()));
         Self {
@@ -44,7 +44,7 @@ impl Slots {
     }
 
     /// Returns a new receiver index, or `None` if no slot is free.
-    pub fn allocate(
+    pub(crate) fn allocate(
         &mut self,
         peer: PeerIndex,
         now: Instant,
@@ -65,7 +65,7 @@ impl Slots {
 
     /// Reserves the slot of an index that was allocated before a restart. Returns false if there is
     /// no such slot or it is not free.
-    pub fn reserve(&mut self, index: SessionIndex, peer: PeerIndex) -> bool {
+    pub(crate) fn reserve(&mut self, index: SessionIndex, peer: PeerIndex) -> bool {
         let number = number(index);
         let Some(position) = self.free.iter().position(|free| *free == number) else {
             return false;
@@ -76,27 +76,27 @@ impl Slots {
     }
 
     /// Returns the peer that the index belongs to.
-    pub fn owner(&self, index: SessionIndex) -> Option<PeerIndex> {
+    pub(crate) fn owner(&self, index: SessionIndex) -> Option<PeerIndex> {
         let slot = self.slots[number(index) as usize];
         slot.owner.filter(|_| slot.index == index)
     }
 
     /// Frees an index that never had a session.
-    pub fn discard(&mut self, index: SessionIndex) {
+    pub(crate) fn discard(&mut self, index: SessionIndex) {
         if self.vacate(index) {
             self.free.push_back(number(index));
         }
     }
 
     /// Frees the index of a withdrawn session, after [`QUARANTINE`].
-    pub fn retire(&mut self, index: SessionIndex, now: Instant) {
+    pub(crate) fn retire(&mut self, index: SessionIndex, now: Instant) {
         if self.vacate(index) {
             self.quarantine.push_back((now + QUARANTINE, number(index)));
         }
     }
 
     /// Returns the number of slots in use.
-    pub fn used(&self) -> usize {
+    pub(crate) fn used(&self) -> usize {
         self.slots.len() - 1 - self.free.len() - self.quarantine.len()
     }
 

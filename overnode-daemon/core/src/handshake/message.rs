@@ -1,19 +1,19 @@
 //! Encodes and decodes handshake messages (whitepaper sections 5.4.2 to 5.4.7). Integers are
 //! little-endian.
 
-pub use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
+pub(crate) use overnode_ebpf::wire::{COOKIE_REPLY_LEN, INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use overnode_ebpf::wire::{TYPE_COOKIE_REPLY, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
 
 use overnode_types::SessionIndex;
 
 /// Length of the Noise part of an initiation: ephemeral key, sealed static key, sealed timestamp.
-pub const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
+pub(crate) const INITIATION_NOISE_LEN: usize = 32 + 48 + 28;
 /// Length of the Noise part of a response: ephemeral key, sealed empty payload.
-pub const RESPONSE_NOISE_LEN: usize = 32 + 16;
+pub(crate) const RESPONSE_NOISE_LEN: usize = 32 + 16;
 
 /// A message of the right length and type, otherwise unchecked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Message<'a> {
+pub(crate) enum Message<'a> {
     /// First message of a handshake.
     Initiation(Initiation<'a>),
     /// Second message of a handshake.
@@ -24,7 +24,7 @@ pub enum Message<'a> {
 
 /// First message of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Initiation<'a> {
+pub(crate) struct Initiation<'a> {
     /// Receiver index for messages to the initiator.
     pub sender: SessionIndex,
     /// Noise's first message.
@@ -35,7 +35,7 @@ pub struct Initiation<'a> {
 
 /// Second message of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Response<'a> {
+pub(crate) struct Response<'a> {
     /// Receiver index for messages to the responder.
     pub sender: SessionIndex,
     /// The initiation's `sender`.
@@ -48,7 +48,7 @@ pub struct Response<'a> {
 
 /// The reply of a peer under load, instead of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CookieReply<'a> {
+pub(crate) struct CookieReply<'a> {
     /// The `sender` of the message that was not answered.
     pub receiver: SessionIndex,
     /// Nonce of XChaCha20-Poly1305.
@@ -59,7 +59,7 @@ pub struct CookieReply<'a> {
 
 /// The MACs at the end of an initiation or a response, and the bytes before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Macs<'a> {
+pub(crate) struct Macs<'a> {
     /// Everything before `mac1`.
     pub body: &'a [u8],
     /// Proves that the sender knows the receiver's public key.
@@ -70,7 +70,7 @@ pub struct Macs<'a> {
 
 /// Why bytes are not a handshake message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadMessage {
+pub(crate) enum BadMessage {
     /// The type is unknown, reserved bytes are not zero, or the length does not match the type.
     #[error("not a handshake message")]
     Malformed,
@@ -80,7 +80,7 @@ pub enum BadMessage {
 }
 
 /// Parses a datagram.
-pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
     let (kind, rest) = bytes.split_first_chunk::<4>().ok_or(BadMessage::Malformed)?;
     let [kind, 0, 0, 0] = *kind else { return Err(BadMessage::Malformed) };
     match (kind, bytes.len()) {
@@ -107,12 +107,12 @@ pub fn parse(bytes: &[u8]) -> Result<Message<'_>, BadMessage> {
 }
 
 /// Returns an initiation whose MACs are still zero.
-pub fn initiation(sender: SessionIndex, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
+pub(crate) fn initiation(sender: SessionIndex, noise: &[u8; INITIATION_NOISE_LEN]) -> Vec<u8> {
     assemble(&[&header(TYPE_INITIATION), &sender.to_le_bytes(), noise, &[0; 2 * MAC_LEN]])
 }
 
 /// Returns a response whose MACs are still zero.
-pub fn response(
+pub(crate) fn response(
     sender: SessionIndex,
     receiver: SessionIndex,
     noise: &[u8; RESPONSE_NOISE_LEN],
@@ -127,7 +127,7 @@ pub fn response(
 }
 
 /// Returns a cookie reply.
-pub fn cookie_reply(receiver: SessionIndex, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
+pub(crate) fn cookie_reply(receiver: SessionIndex, nonce: &[u8; 24], cookie: &[u8; 32]) -> Vec<u8> {
     assemble(&[&header(TYPE_COOKIE_REPLY), &receiver.to_le_bytes(), nonce, cookie])
 }
 

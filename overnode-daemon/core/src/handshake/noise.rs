@@ -19,18 +19,18 @@ use overnode_types::{PublicKey, Secret};
 
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 /// The prologue of WireGuard's handshakes.
-pub const WIREGUARD: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
+pub(crate) const WIREGUARD: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 /// The prologue of the bulk path's handshakes. Although the static keys are the same, a message of
 /// one kind is invalid as the other.
-pub const BULK: &[u8] = b"overnode bulk v1";
+pub(crate) const BULK: &[u8] = b"overnode bulk v1";
 /// Position of the pre-shared key in the pattern: the end of the second message.
 const PSK: u8 = 2;
 
 /// Length of a TAI64N timestamp, in bytes.
-pub const TIMESTAMP_LEN: usize = 12;
+pub(crate) const TIMESTAMP_LEN: usize = 12;
 
 /// This node's static key pair.
-pub struct Identity {
+pub(crate) struct Identity {
     secret: Secret,
     public: PublicKey,
     params: NoiseParams,
@@ -38,7 +38,7 @@ pub struct Identity {
 }
 
 /// The keys of a finished handshake.
-pub struct Keys {
+pub(crate) struct Keys {
     /// Key that seals what we send.
     pub tx: Secret,
     /// Key that opens what we receive.
@@ -46,10 +46,10 @@ pub struct Keys {
 }
 
 /// An initiation that awaits its response.
-pub struct Initiated(HandshakeState);
+pub(crate) struct Initiated(HandshakeState);
 
 /// An initiation that was received and authenticated but not yet answered.
-pub struct Received {
+pub(crate) struct Received {
     state: HandshakeState,
     /// Static public key of the sender.
     pub remote: PublicKey,
@@ -59,17 +59,17 @@ pub struct Received {
 
 impl Identity {
     /// Creates an identity. `prologue` is [`WIREGUARD`] or [`BULK`].
-    pub fn new(secret: Secret, prologue: &'static [u8]) -> Self {
+    pub(crate) fn new(secret: Secret, prologue: &'static [u8]) -> Self {
         let params = CONSTRUCTION.parse().expect("snow supports WireGuard's construction");
         Self { public: public_key(&secret), secret, params, prologue }
     }
 
-    pub fn public(&self) -> PublicKey {
+    pub(crate) fn public(&self) -> PublicKey {
         self.public
     }
 
     /// Begins a handshake.
-    pub fn initiate(
+    pub(crate) fn initiate(
         &self,
         remote: &PublicKey,
         preshared: &Secret,
@@ -90,7 +90,7 @@ impl Identity {
     ///
     /// # Errors
     /// If it is forged, was made for another node, or contains a point of low order.
-    pub fn receive(
+    pub(crate) fn receive(
         &self,
         ephemeral: Secret,
         message: &[u8; INITIATION_NOISE_LEN],
@@ -112,7 +112,7 @@ impl Identity {
 
 impl Received {
     /// Makes the response and the session keys.
-    pub fn respond(
+    pub(crate) fn respond(
         mut self,
         preshared: &Secret,
     ) -> Result<([u8; RESPONSE_NOISE_LEN], Keys), Error> {
@@ -125,7 +125,7 @@ impl Received {
 
 impl Initiated {
     /// Takes the response. After an error, the handshake still awaits the valid response.
-    pub fn finish(&mut self, message: &[u8; RESPONSE_NOISE_LEN]) -> Result<Keys, Error> {
+    pub(crate) fn finish(&mut self, message: &[u8; RESPONSE_NOISE_LEN]) -> Result<Keys, Error> {
         self.0.read_message(message, &mut [])?;
         Ok(split(&mut self.0))
     }

@@ -22,7 +22,7 @@ const MAX_UNCONFIRMED_RESPONSES: u8 = 2;
 
 /// A session without its keys, which only the data plane holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Session {
+pub(crate) struct Session {
     pub local_index: SessionIndex,
     pub initiator: bool,
     pub created: Instant,
@@ -31,7 +31,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn new(
+    pub(crate) fn new(
         local_index: SessionIndex,
         initiator: bool,
         created: Instant,
@@ -45,13 +45,13 @@ impl Session {
         Self { local_index, initiator, created, rekey_after }
     }
 
-    pub fn expires(&self) -> Instant {
+    pub(crate) fn expires(&self) -> Instant {
         self.created + REJECT_AFTER_TIME
     }
 }
 
 /// An initiation that was sent and not yet answered.
-pub struct Pending {
+pub(crate) struct Pending {
     pub local_index: SessionIndex,
     pub noise: Initiated,
     /// Whether a response that did not authenticate has been reported.
@@ -62,7 +62,7 @@ pub struct Pending {
 
 /// Attempts to reach the peer since the last completed handshake.
 #[derive(Default)]
-pub struct Attempts {
+pub(crate) struct Attempts {
     /// When the first attempt of the series was made.
     first: Option<Instant>,
     last: Option<Instant>,
@@ -73,7 +73,7 @@ pub struct Attempts {
     reported: bool,
 }
 
-pub struct Peer {
+pub(crate) struct Peer {
     pub config: PeerConfig,
     pub jar: CookieJar,
     /// Where to send. Follows the peer when it roams.
@@ -109,7 +109,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    pub fn new(config: PeerConfig, now: Instant) -> Self {
+    pub(crate) fn new(config: PeerConfig, now: Instant) -> Self {
         Self {
             jar: CookieJar::new(&config.public_key),
             endpoint: config.endpoint.map(PeerAddress::Direct),
@@ -133,13 +133,13 @@ impl Peer {
         }
     }
 
-    pub fn sessions(&self) -> impl Iterator<Item = &Session> {
+    pub(crate) fn sessions(&self) -> impl Iterator<Item = &Session> {
         self.current.iter().chain(&self.next).chain(&self.previous)
     }
 
     /// Installs a session that the peer answered. It seals from now on. Returns the sessions that
     /// end.
-    pub fn install_initiated(&mut self, session: Session, now: Instant) -> Vec<Session> {
+    pub(crate) fn install_initiated(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.confirmations = CONFIRM_AGAIN.iter().rev().map(|after| now + *after).collect();
         self.settled(now);
         self.demote(session)
@@ -147,7 +147,7 @@ impl Peer {
 
     /// Installs a session that we answered. It receives now, and seals once it is confirmed.
     /// Returns the sessions that end.
-    pub fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
+    pub(crate) fn install_answered(&mut self, session: Session, now: Instant) -> Vec<Session> {
         self.heard(now);
         self.last_sent = self.last_sent.max(Some(now));
         self.unconfirmed_responses = self.unconfirmed_responses.saturating_add(1);
@@ -159,7 +159,7 @@ impl Peer {
 
     /// Handles the peer's first use of a session. Returns the sessions that end, or `None` if the
     /// session was not waiting for confirmation.
-    pub fn confirm(
+    pub(crate) fn confirm(
         &mut self,
         local_index: SessionIndex,
         leads: bool,
@@ -195,7 +195,7 @@ impl Peer {
     }
 
     /// Removes and returns the sessions that have expired.
-    pub fn expire(&mut self, now: Instant) -> Vec<Session> {
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<Session> {
         let old = |session: &Session| session.expires() <= now;
         let mut ended = self.previous.extract_if(.., |session| old(session)).collect::<Vec<_>>();
         ended.extend(self.next.take_if(|session| old(session)));
@@ -208,7 +208,7 @@ impl Peer {
     }
 
     /// Removes and returns all sessions.
-    pub fn clear(&mut self) -> Vec<Session> {
+    pub(crate) fn clear(&mut self) -> Vec<Session> {
         let ended = self.sessions().copied().collect();
         (self.current, self.next) = (None, None);
         self.previous.clear();
@@ -218,7 +218,12 @@ impl Peer {
 
     /// Takes over a session from before a restart, whose slot the caller has reserved. Returns the
     /// sessions that end.
-    pub fn adopt(&mut self, session: Session, confirmed: bool, sealing: bool) -> Vec<Session> {
+    pub(crate) fn adopt(
+        &mut self,
+        session: Session,
+        confirmed: bool,
+        sealing: bool,
+    ) -> Vec<Session> {
         if !confirmed {
             self.previous.splice(0..0, self.next.replace(session));
             return self.surplus();
@@ -243,7 +248,7 @@ impl Peer {
     }
 
     /// Notes that an authenticated message arrived.
-    pub fn heard(&mut self, now: Instant) {
+    pub(crate) fn heard(&mut self, now: Instant) {
         self.last_received = self.last_received.max(Some(now));
         self.unanswered = None;
     }
@@ -259,7 +264,7 @@ impl Peer {
     }
 
     /// Takes the programs' observations.
-    pub fn observe(&mut self, activity: &Activity) {
+    pub(crate) fn observe(&mut self, activity: &Activity) {
         self.last_received = self.last_received.max(activity.last_received);
         self.last_sent = self.last_sent.max(activity.last_sent);
         self.unanswered = open_since(self.unanswered, activity.last_data_sent, self.last_received);
@@ -269,7 +274,7 @@ impl Peer {
     }
 
     /// Forgets that attempts failed.
-    pub fn reset_attempts(&mut self) {
+    pub(crate) fn reset_attempts(&mut self) {
         let Attempts { last, .. } = self.attempts;
         self.attempts = Attempts {
             last,
@@ -279,7 +284,7 @@ impl Peer {
     }
 
     /// Returns when to send an initiation, if at all.
-    pub fn initiation_due(&self) -> Option<Instant> {
+    pub(crate) fn initiation_due(&self) -> Option<Instant> {
         if matches!(self.config.initiate, Initiate::OnlyAnswer) || self.endpoint.is_none() {
             return None;
         }
@@ -303,7 +308,7 @@ impl Peer {
 
     /// Notes that an initiation was sent. Returns true if it is time to report that the peer does
     /// not answer.
-    pub fn attempted(&mut self, now: Instant, jitter: Duration) -> bool {
+    pub(crate) fn attempted(&mut self, now: Instant, jitter: Duration) -> bool {
         self.last_sent = self.last_sent.max(Some(now));
         let attempts = &mut self.attempts;
         if attempts
@@ -326,12 +331,12 @@ impl Peer {
     }
 
     /// Makes the next attempt due now.
-    pub fn retry_now(&mut self, now: Instant) {
+    pub(crate) fn retry_now(&mut self, now: Instant) {
         self.attempts.not_before = self.attempts.not_before.map(|not_before| not_before.min(now));
     }
 
     /// Returns when to send a keepalive, if at all.
-    pub fn keepalive_due(&self) -> Option<Instant> {
+    pub(crate) fn keepalive_due(&self) -> Option<Instant> {
         self.current?;
         let passive = self.unacknowledged_since.map(|since| since + KEEPALIVE_TIMEOUT);
         let persistent = self.config.persistent_keepalive.map(|interval| {
@@ -341,14 +346,14 @@ impl Peer {
     }
 
     /// Notes that a keepalive is sent.
-    pub fn kept_alive(&mut self, now: Instant) {
+    pub(crate) fn kept_alive(&mut self, now: Instant) {
         self.unacknowledged_since = None;
         self.last_sent = self.last_sent.max(Some(now));
         self.confirmations.retain(|due| *due > now);
     }
 
     /// Returns the next deadline of this peer.
-    pub fn next_deadline(&self) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let expiry = self.sessions().map(Session::expires).min();
         [expiry, self.initiation_due(), self.keepalive_due()].into_iter().flatten().min()
     }

@@ -17,12 +17,12 @@ const STEP: u32 = 1 << 24;
 /// caught up. If it is set back while we do not run, peers that remember a later timestamp refuse
 /// our initiations until it has caught up. We still answer theirs.
 #[derive(Default)]
-pub struct Stamper {
+pub(crate) struct Stamper {
     last: Duration,
 }
 
 impl Stamper {
-    pub fn next(&mut self, wall: SystemTime) -> [u8; TIMESTAMP_LEN] {
+    pub(crate) fn next(&mut self, wall: SystemTime) -> [u8; TIMESTAMP_LEN] {
         let wall = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let rounded = Duration::new(wall.as_secs(), wall.subsec_nanos() / STEP * STEP);
         self.last = rounded.max(self.last.saturating_add(Duration::from_nanos(u64::from(STEP))));

@@ -16,15 +16,15 @@ use overnode_types::NodeId;
 /// node to outbid what it hears.
 const MAX_NUMBER: u64 = MAX_STAMP;
 /// Version of the wire format.
-pub const FORMAT: u8 = 2;
+pub(crate) const FORMAT: u8 = 2;
 /// Maximum length of a message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// Maximum number of blocks in a list.
-pub const MAX_BLOCKS: usize = 256;
+pub(crate) const MAX_BLOCKS: usize = 256;
 /// Maximum number of parts of a ledger.
-pub const MAX_PARTS: u16 = 1024;
+pub(crate) const MAX_PARTS: u16 = 1024;
 /// Maximum number of other claimants in an answer: only nodes 1 to 4 take back space or lend it.
-pub const MAX_RIVALS: usize = 4;
+pub(crate) const MAX_RIVALS: usize = 4;
 
 /// Identifies one request of a node. A round is never reused, because each start of a node has its
 /// own incarnation.

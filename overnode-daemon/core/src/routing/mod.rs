@@ -32,7 +32,7 @@
 //!
 //! Any node can claim addresses that no other node has announced yet. Proof of ownership, a grant
 //! signed by the lender, will come between rules 1 and 2. It will then outrank any earlier
-//! announcement without one. It will be a field of [`Claim`] before `rank`.
+//! announcement without one. It will be a field of `Claim` before `rank`.
 //!
 //! Inputs: [`Routing::restore`], [`Routing::learn`], [`Routing::set_own`],
 //! [`Routing::set_reachable`], [`Routing::set_reclaimed`]. [`Routing::update`] then decides.

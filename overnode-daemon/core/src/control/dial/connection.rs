@@ -22,7 +22,7 @@ impl Connection {
     /// this of a new connection against each old one, then of each old one against the new one.
     /// Where age decides, only the side that opened both connections applies the rule, and it keeps
     /// the older.
-    pub fn may_stay_open(&self, other: &Self, own: NodeId) -> bool {
+    pub(crate) fn may_stay_open(&self, other: &Self, own: NodeId) -> bool {
         if self.public_key != other.public_key {
             // Two hosts have the same ID: the first one stays.
             return self.since < other.since;

@@ -36,7 +36,7 @@ pub(super) enum State {
 impl Destination {
     /// Creates a destination that is first dialed after `head_start`. [`Self::try_at_once`] waits
     /// for `head_start`, too.
-    pub fn new(addresses: Vec<SocketAddr>, head_start: Duration, now: Instant) -> Self {
+    pub(crate) fn new(addresses: Vec<SocketAddr>, head_start: Duration, now: Instant) -> Self {
         Self {
             addresses,
             state: State::Waiting { until: now + head_start },
@@ -47,13 +47,13 @@ impl Destination {
         }
     }
 
-    pub fn is_due(&self, now: Instant) -> bool {
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
         matches!(self.state, State::Waiting { until } if until <= now)
     }
 
     /// Resets the pause, and also forgets that the destination led to this node, because names can
     /// move.
-    pub fn try_at_once(&mut self, now: Instant) {
+    pub(crate) fn try_at_once(&mut self, now: Instant) {
         self.pause = FIRST_PAUSE;
         match self.state {
             State::Dialing(_) => {}
@@ -64,14 +64,20 @@ impl Destination {
     }
 
     /// Does not reset the pause: only a long-lived connection does.
-    pub fn handle_established(&mut self, peer: NodeId, now: Instant) {
+    pub(crate) fn handle_established(&mut self, peer: NodeId, now: Instant) {
         self.leads_to = Some(peer);
         if let State::Dialing(_) = self.state {
             self.state = State::Waiting { until: now };
         }
     }
 
-    pub fn handle_failed(&mut self, why: String, is_myself: bool, now: Instant, rng: &mut StdRng) {
+    pub(crate) fn handle_failed(
+        &mut self,
+        why: String,
+        is_myself: bool,
+        now: Instant,
+        rng: &mut StdRng,
+    ) {
         self.leads_to = None;
         if is_myself {
             self.state = State::Myself;
@@ -82,7 +88,13 @@ impl Destination {
         self.wait(now, rng);
     }
 
-    pub fn handle_lost(&mut self, why: &str, was_long_lived: bool, now: Instant, rng: &mut StdRng) {
+    pub(crate) fn handle_lost(
+        &mut self,
+        why: &str,
+        was_long_lived: bool,
+        now: Instant,
+        rng: &mut StdRng,
+    ) {
         self.last_error = Some((why.to_owned(), now));
         match self.state {
             State::Dialing(_) => {}

@@ -18,18 +18,18 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use super::gate::Judgment;
 use super::*;
 
-pub const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
 /// Returns the content of a data message: an IPv4 packet whose header has the right length, so that
 /// boringtun accepts it, too.
-pub fn inner_packet(payload: &[u8]) -> Vec<u8> {
+pub(crate) fn inner_packet(payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + payload.len()).expect("the packet is small").to_be_bytes();
     let header =
         [0x45, 0, length[0], length[1], 0, 0, 0, 0, 64, 17, 0, 0, 10, 40, 0, 1, 10, 42, 0, 1];
     [&header, payload].concat()
 }
 
-pub fn seal(keys: &SessionKeys, counter: u64, plaintext: &[u8]) -> Vec<u8> {
+pub(crate) fn seal(keys: &SessionKeys, counter: u64, plaintext: &[u8]) -> Vec<u8> {
     let mut text = plaintext.to_vec();
     text.resize(text.len().next_multiple_of(overnode_ebpf::wire::PADDING), 0);
     key(&keys.tx_key)
@@ -38,7 +38,7 @@ pub fn seal(keys: &SessionKeys, counter: u64, plaintext: &[u8]) -> Vec<u8> {
     [&[4, 0, 0, 0][..], &keys.remote_index.to_le_bytes(), &counter.to_le_bytes(), &text].concat()
 }
 
-pub fn open(keys: &SessionKeys, message: &[u8]) -> Option<(u64, Vec<u8>)> {
+pub(crate) fn open(keys: &SessionKeys, message: &[u8]) -> Option<(u64, Vec<u8>)> {
     let (header, text) = message.split_first_chunk::<16>()?;
     let counter = u64::from_le_bytes(*header.last_chunk()?);
     let mut text = text.to_vec();
@@ -65,24 +65,29 @@ fn nonce(counter: u64) -> Nonce {
 }
 
 /// Handshakes behind their gate.
-pub struct Core {
+pub(crate) struct Core {
     inner: Handshakes,
     pub gate: Gate,
 }
 
 impl Core {
-    pub fn new(secret: Secret, mut rng: StdRng) -> Self {
+    pub(crate) fn new(secret: Secret, mut rng: StdRng) -> Self {
         let gate = StdRng::seed_from_u64(rng.random());
         let inner = Handshakes::new(secret, rng);
         Self { gate: inner.gate(gate), inner }
     }
 
     /// Replaces the gate with a new one that has seen nothing yet.
-    pub fn reset_gate(&mut self) {
+    pub(crate) fn reset_gate(&mut self) {
         self.gate = self.inner.gate(StdRng::seed_from_u64(1));
     }
 
-    pub fn handle_datagram(&mut self, now: Instant, from: impl Into<PeerAddress>, bytes: &[u8]) {
+    pub(crate) fn handle_datagram(
+        &mut self,
+        now: Instant,
+        from: impl Into<PeerAddress>,
+        bytes: &[u8],
+    ) {
         let from = from.into();
         let is_peer = || self.inner.peers.values().any(|peer| peer.endpoint == Some(from));
         match self.gate.judge(now, from, bytes, is_peer) {
@@ -94,7 +99,7 @@ impl Core {
         }
     }
 
-    pub fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let gate = *self.gate.counters().lock().expect("no thread panicked");
         self.inner.counters().plus(gate)
     }
@@ -116,7 +121,7 @@ impl std::ops::DerefMut for Core {
 
 /// The part of the eBPF programs, for one peer.
 #[derive(Default)]
-pub struct Plane {
+pub(crate) struct Plane {
     pub sessions: BTreeMap<SessionIndex, Held>,
     pub sealing: Option<SessionIndex>,
     pub remote: Option<SocketAddr>,
@@ -125,7 +130,7 @@ pub struct Plane {
     pub confirmed: Vec<SessionIndex>,
 }
 
-pub struct Held {
+pub(crate) struct Held {
     pub keys: SessionKeys,
     pub live: bool,
     pub sent: u64,
@@ -137,7 +142,7 @@ impl Plane {
         self.sessions.get(&local_index).filter(|held| now < held.keys.created + REJECT_AFTER_TIME)
     }
 
-    pub fn send(&mut self, plaintext: &[u8], now: Instant) -> Option<(SocketAddr, Vec<u8>)> {
+    pub(crate) fn send(&mut self, plaintext: &[u8], now: Instant) -> Option<(SocketAddr, Vec<u8>)> {
         let index = self.sealing?;
         self.usable(index, now)?;
         let held = self.sessions.get_mut(&index)?;
@@ -151,7 +156,7 @@ impl Plane {
         Some((self.remote?, message))
     }
 
-    pub fn receive(
+    pub(crate) fn receive(
         &mut self,
         from: SocketAddr,
         message: &[u8],
@@ -178,7 +183,7 @@ impl Plane {
     }
 }
 
-pub struct Node {
+pub(crate) struct Node {
     pub core: Core,
     pub address: SocketAddr,
     pub planes: BTreeMap<PeerIndex, Plane>,
@@ -195,14 +200,14 @@ pub struct Node {
 
 /// Loss, repetition and delay of datagrams.
 #[derive(Clone, Copy)]
-pub struct Weather {
+pub(crate) struct Weather {
     pub loss: f64,
     pub repeat: f64,
     pub delay: (Duration, Duration),
 }
 
 impl Weather {
-    pub const FINE: Self = Self {
+    pub(crate) const FINE: Self = Self {
         loss: 0.0,
         repeat: 0.0,
         delay: (Duration::from_millis(10), Duration::from_millis(10)),
@@ -210,19 +215,19 @@ impl Weather {
 }
 
 #[derive(Clone, Debug)]
-pub struct Datagram {
+pub(crate) struct Datagram {
     pub from: SocketAddr,
     pub to: SocketAddr,
     pub bytes: Vec<u8>,
 }
 
 impl Datagram {
-    pub fn kind(&self) -> u8 {
+    pub(crate) fn kind(&self) -> u8 {
         self.bytes[0]
     }
 }
 
-pub struct World {
+pub(crate) struct World {
     pub now: Instant,
     pub start: Instant,
     pub wall: SystemTime,
@@ -240,7 +245,7 @@ pub struct World {
 
 impl World {
     /// Creates nodes that do not know each other yet.
-    pub fn new(seed: u64, nodes: usize) -> Self {
+    pub(crate) fn new(seed: u64, nodes: usize) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
         let nodes = (0..nodes).map(|number| Node::new(number, &mut rng)).collect();
@@ -260,14 +265,14 @@ impl World {
     }
 
     /// Creates two nodes that know each other.
-    pub fn pair(seed: u64, first: Initiate, second: Initiate) -> Self {
+    pub(crate) fn pair(seed: u64, first: Initiate, second: Initiate) -> Self {
         let mut world = Self::new(seed, 2);
         world.introduce(0, 1, first);
         world.introduce(1, 0, second);
         world
     }
 
-    pub fn config(&self, of: usize, initiate: Initiate) -> PeerConfig {
+    pub(crate) fn config(&self, of: usize, initiate: Initiate) -> PeerConfig {
         PeerConfig {
             public_key: self.nodes[of].core.public_key(),
             preshared_key: Secret([0x55; 32]),
@@ -277,24 +282,24 @@ impl World {
         }
     }
 
-    pub fn introduce(&mut self, to: usize, of: usize, initiate: Initiate) {
+    pub(crate) fn introduce(&mut self, to: usize, of: usize, initiate: Initiate) {
         let config = self.config(of, initiate);
         self.upsert(to, of, config);
     }
 
-    pub fn upsert(&mut self, to: usize, of: usize, config: PeerConfig) {
+    pub(crate) fn upsert(&mut self, to: usize, of: usize, config: PeerConfig) {
         let (now, node) = (self.now, &mut self.nodes[to]);
         node.planes.entry(peer(of)).or_default().remote = config.endpoint;
         node.core.upsert_peer(peer(of), config, now);
         self.drain(to);
     }
 
-    pub fn plane(&self, at: usize, with: usize) -> &Plane {
+    pub(crate) fn plane(&self, at: usize, with: usize) -> &Plane {
         &self.nodes[at].planes[&peer(with)]
     }
 
     /// Whether both nodes can send to each other.
-    pub fn joined(&self, a: usize, b: usize) -> bool {
+    pub(crate) fn joined(&self, a: usize, b: usize) -> bool {
         [(a, b), (b, a)].into_iter().all(|(from, to)| {
             let (out, into) = (self.plane(from, to), self.plane(to, from));
             let sealing = out.sealing.and_then(|index| out.usable(index, self.now));
@@ -302,7 +307,7 @@ impl World {
         })
     }
 
-    pub fn send_data(&mut self, from: usize, to: usize) {
+    pub(crate) fn send_data(&mut self, from: usize, to: usize) {
         let packet = inner_packet(b"data");
         let (now, node) = (self.now, &mut self.nodes[from]);
         let sent = node.planes.get_mut(&peer(to)).and_then(|plane| plane.send(&packet, now));
@@ -313,12 +318,12 @@ impl World {
     }
 
     /// Puts a datagram on the wire.
-    pub fn transmit(&mut self, from: usize, to: SocketAddr, bytes: Vec<u8>) {
+    pub(crate) fn transmit(&mut self, from: usize, to: SocketAddr, bytes: Vec<u8>) {
         let datagram = Datagram { from: self.nodes[from].address, to, bytes };
         self.inject(datagram);
     }
 
-    pub fn inject(&mut self, datagram: Datagram) {
+    pub(crate) fn inject(&mut self, datagram: Datagram) {
         self.tapped.push((self.now, datagram.clone()));
         if (self.lost)(&datagram) || self.rng.random_bool(self.weather.loss) {
             return;
@@ -331,11 +336,11 @@ impl World {
         }
     }
 
-    pub fn run(&mut self, duration: Duration) {
+    pub(crate) fn run(&mut self, duration: Duration) {
         self.run_until(self.now + duration);
     }
 
-    pub fn run_until(&mut self, end: Instant) {
+    pub(crate) fn run_until(&mut self, end: Instant) {
         while self.step(end) {}
         self.advance(end);
     }
@@ -408,7 +413,7 @@ impl World {
     }
 
     /// Carries out what the node's core asks for.
-    pub fn drain(&mut self, at: usize) {
+    pub(crate) fn drain(&mut self, at: usize) {
         while let Some(Transmit { to, bytes, .. }) = self.nodes[at].core.poll_transmit() {
             self.transmit(at, to.direct().expect("no node is behind a relay"), bytes);
         }
@@ -421,7 +426,7 @@ impl World {
 
     /// Restarts the node's daemon while its programs keep running. `adopt` tells whether the new
     /// daemon takes over their sessions.
-    pub fn restart(&mut self, at: usize, with: usize, initiate: Initiate, adopt: bool) {
+    pub(crate) fn restart(&mut self, at: usize, with: usize, initiate: Initiate, adopt: bool) {
         let (config, seed) = (self.config(with, initiate), self.rng.random());
         let (now, node) = (self.now, &mut self.nodes[at]);
         node.core = Core::new(node.secret(at), StdRng::seed_from_u64(seed));
@@ -446,7 +451,7 @@ impl World {
     }
 
     /// Returns the times of the initiations that a node has sent.
-    pub fn initiations(&self, from: usize) -> Vec<Instant> {
+    pub(crate) fn initiations(&self, from: usize) -> Vec<Instant> {
         let from = self.nodes[from].address;
         self.tapped
             .iter()
@@ -457,11 +462,11 @@ impl World {
 }
 
 /// Returns the index by which every node knows node `number`.
-pub fn peer(number: usize) -> PeerIndex {
+pub(crate) fn peer(number: usize) -> PeerIndex {
     PeerIndex(number as u32 + 1)
 }
 
-pub fn address(number: usize) -> SocketAddr {
+pub(crate) fn address(number: usize) -> SocketAddr {
     SocketAddr::from(([10, 0, (number / 250) as u8, (number % 250) as u8 + 1], 6784))
 }
 
@@ -483,7 +488,7 @@ impl Node {
         node
     }
 
-    pub fn secret(&self, number: usize) -> Secret {
+    pub(crate) fn secret(&self, number: usize) -> Secret {
         Secret(std::array::from_fn(|i| [(number + 1) as u8, (number >> 8) as u8][i % 2]))
     }
 
