@@ -28,7 +28,8 @@ struct Summary {
     ignored: u64,
 }
 
-/// Checks the formatting and the dependencies, runs clippy, builds the binaries and runs all tests.
+/// Checks the formatting, the dependencies and the documentation, runs clippy, builds the binaries
+/// and runs all tests.
 ///
 /// # Errors
 /// Returns an error if a step fails. A failed test does not prevent the other tests from running.
@@ -53,6 +54,12 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
             "-D",
             "warnings",
         ]))?;
+        Step::start("documentation").show(
+            workspace
+                .cargo()
+                .args(["doc", "--locked", "--workspace", "--no-deps", "--quiet"])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )?;
     }
     // Build everything together. Otherwise dependencies would have other features and much would be
     // built twice.
