@@ -35,7 +35,7 @@ use overnode_types::text::reason;
 use overnode_types::{NodeId, PeerIndex, Secret};
 
 /// Version of the table layout. A database with another version is refused.
-pub const SCHEMA: u32 = 3;
+pub const SCHEMA: u32 = 4;
 /// File name of the database in the state directory.
 pub const DATABASE: &str = "overnode.redb";
 /// File name of the lock in the state directory. The file contains the daemon's process ID.

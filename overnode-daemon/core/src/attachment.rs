@@ -24,9 +24,8 @@ pub struct EngineEndpoint {
 /// The holder of an address: a network namespace, a container of an engine, or the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
-    /// What attached it.
-    #[serde(default)]
-    pub kind: Kind,
+    /// What attached it and will detach it.
+    pub owner: Owner,
     /// Its address.
     pub address: IpAddr,
     /// True if the address was requested rather than allocated.
@@ -41,19 +40,81 @@ pub struct Attachment {
     pub netns_inode: u64,
     /// Its name, if one was given. For a container of an engine, the container's name.
     pub name: Option<String>,
-    /// The container's image, if an engine reported it.
-    #[serde(default)]
-    pub image: Option<String>,
-    /// The Docker engine's endpoint that uses the address.
-    #[serde(default)]
-    pub engine: Option<EngineEndpoint>,
-    /// The container runtime's identifiers.
-    #[serde(default)]
-    pub cni: Option<CniEndpoint>,
     /// The host's end of the veth pair.
     pub host_interface: String,
     /// When it was attached, in seconds since 1970.
     pub since: u64,
+}
+
+/// What attached something, and what only that knows of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Owner {
+    /// `overnode attach`.
+    Netns,
+    /// `overnode expose`: the host itself is attached.
+    Host,
+    /// A container runtime, through CNI.
+    Cni(CniEndpoint),
+    /// A Docker engine.
+    Docker {
+        /// The container's image, if the engine reported it.
+        image: Option<String>,
+        /// The endpoint that uses the address, once the engine has created it.
+        endpoint: Option<EngineEndpoint>,
+    },
+}
+
+impl Owner {
+    /// Returns the kind of owner, as the API names it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Netns => Kind::Netns,
+            Self::Host => Kind::Host,
+            Self::Cni(_) => Kind::Cni,
+            Self::Docker { .. } => Kind::Docker,
+        }
+    }
+}
+
+impl Attachment {
+    /// Returns the kind of owner, as the API names it.
+    pub fn kind(&self) -> Kind {
+        self.owner.kind()
+    }
+
+    /// Returns the container's image, if an engine reported it.
+    pub fn image(&self) -> Option<&String> {
+        match &self.owner {
+            Owner::Docker { image, .. } => image.as_ref(),
+            Owner::Netns | Owner::Host | Owner::Cni(_) => None,
+        }
+    }
+
+    /// Returns the Docker engine's endpoint that uses the address.
+    pub fn engine_endpoint(&self) -> Option<&EngineEndpoint> {
+        match &self.owner {
+            Owner::Docker { endpoint, .. } => endpoint.as_ref(),
+            Owner::Netns | Owner::Host | Owner::Cni(_) => None,
+        }
+    }
+
+    /// Returns the container runtime's identifiers.
+    pub fn cni(&self) -> Option<&CniEndpoint> {
+        match &self.owner {
+            Owner::Cni(endpoint) => Some(endpoint),
+            Owner::Netns | Owner::Host | Owner::Docker { .. } => None,
+        }
+    }
+
+    /// Returns whether it should have an interface. A Docker engine's address has none until its
+    /// endpoint has joined a container.
+    pub fn has_interface(&self) -> bool {
+        match &self.owner {
+            Owner::Docker { endpoint, .. } => endpoint.as_ref().is_some_and(|it| it.joined),
+            Owner::Netns | Owner::Host | Owner::Cni(_) => true,
+        }
+    }
 }
 
 /// Returns the name of the host-side end for an address. It is stable, and unique within one

@@ -19,9 +19,9 @@ use crate::api::{self, ApiError, EventKind, Netns, Target};
 use crate::datapath::{self, Datapath, EndPlacement, KnownEndpoint, NetnsRef};
 use crate::failpoint;
 use crate::store::{Store, StoreError};
-use overnode_core::attachment::{self, Attachment, Kind};
+use overnode_core::attachment::{self, Attachment, Kind, Owner};
 
-use docker::{DockerSide, has_interface};
+use docker::DockerSide;
 
 /// The attachments of this host, and the Docker engine that is served, if any.
 pub(super) struct Containers {
@@ -95,7 +95,7 @@ impl Containers {
             return Ok(None);
         }
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        let exposed = attachments.into_iter().find(|it| it.kind == Kind::Host);
+        let exposed = attachments.into_iter().find(|it| it.kind() == Kind::Host);
         let as_asked = |it: &Attachment| {
             request.address.is_none_or(|wanted| wanted == self.local.with_prefix(it.address))
                 && (request.name.is_none() || request.name == it.name)
@@ -162,7 +162,7 @@ impl Containers {
         let target = request.target.to_string();
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let Some(known) =
-            attachments.into_iter().find(|it| it.kind == Kind::Cni && it.target == target)
+            attachments.into_iter().find(|it| it.kind() == Kind::Cni && it.target == target)
         else {
             return Ok(());
         };
@@ -214,10 +214,10 @@ impl Containers {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let is_taken = |name: &String| attachments.iter().any(|it| it.name.as_ref() == Some(name));
         let attachment = Attachment {
-            kind: match (&cni, &netns) {
-                (Some(_), _) => Kind::Cni,
-                (None, Some(_)) => Kind::Netns,
-                (None, None) => Kind::Host,
+            owner: match (&cni, &netns) {
+                (Some(cni), _) => Owner::Cni(cni.endpoint.clone()),
+                (None, Some(_)) => Owner::Netns,
+                (None, None) => Owner::Host,
             },
             address,
             is_static: fixed,
@@ -228,9 +228,6 @@ impl Containers {
                 .unwrap_or_default(),
             netns_inode: inode,
             name: request.name.filter(|name| !is_taken(name)),
-            image: None,
-            engine: None,
-            cni: cni.as_ref().map(|cni| cni.endpoint.clone()),
             host_interface: attachment::host_interface(address),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
@@ -296,10 +293,8 @@ impl Containers {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         if let Some(endpoint) = &request.cni {
             let is_it = |it: &&Attachment| {
-                let cni = it.cni.as_ref();
-                it.kind == Kind::Cni
-                    && it.target == wanted
-                    && cni.is_some_and(|cni| {
+                it.target == wanted
+                    && it.cni().is_some_and(|cni| {
                         cni.network == endpoint.network && cni.ifname == endpoint.ifname
                     })
             };
@@ -327,7 +322,7 @@ impl Containers {
                 "{wanted} is not attached: `overnode status --endpoints` lists the endpoints"
             )));
         };
-        if !matches!(known.kind, Kind::Netns | Kind::Host) {
+        if !matches!(known.kind(), Kind::Netns | Kind::Host) {
             return Err(ApiError::refused(format_args!(
                 "{wanted} was not attached by `overnode attach`: the engine that attached it \
                  detaches it when its container stops"
@@ -351,7 +346,7 @@ impl Containers {
         failpoint::reached("unplugged");
         let netns = NetnsRef::Path(known.netns.clone().into());
         let is_there = || netns.id().is_ok_and(|identity| identity.inode == known.netns_inode);
-        if known.kind == Kind::Cni
+        if known.kind() == Kind::Cni
             && is_there()
             && let Err(why) = datapath.unguard(&netns).await
         {
@@ -375,11 +370,11 @@ impl Containers {
         let attachments = self.store.attachments()?;
         let mut known: Vec<KnownEndpoint> = attachments
             .iter()
-            .filter(|it| has_interface(it))
+            .filter(|it| it.has_interface())
             .map(|it| KnownEndpoint {
                 address: it.address,
                 host_interface: it.host_interface.clone(),
-                netns: (it.kind != Kind::Host).then(|| NetnsRef::Path(it.netns.clone().into())),
+                netns: (it.kind() != Kind::Host).then(|| NetnsRef::Path(it.netns.clone().into())),
             })
             .collect();
         known.extend(dns);
@@ -390,11 +385,11 @@ impl Containers {
                 continue;
             };
             // A runtime's plugin deletes an interface itself while no daemon runs.
-            let may_return = lost.netns_exists && attachment.kind != Kind::Cni;
+            let may_return = lost.netns_exists && attachment.kind() != Kind::Cni;
             if may_return && attach_again(attachment, datapath).await {
                 continue;
             }
-            if matches!(attachment.kind, Kind::Docker | Kind::Host) {
+            if matches!(attachment.kind(), Kind::Docker | Kind::Host) {
                 // The engine, or `hide`, tells when the address is no longer needed.
                 tracing::debug!("the interface of {} is gone", attachment.address);
                 continue;
@@ -425,7 +420,7 @@ impl Containers {
 /// node's host interfaces were deleted by hand or by an interrupted reset. Returns true if the
 /// interface is back.
 async fn attach_again(attachment: &Attachment, datapath: &mut Datapath) -> bool {
-    let plan = if attachment.kind == Kind::Host {
+    let plan = if attachment.kind() == Kind::Host {
         datapath::Attachment::host(attachment.address)
     } else {
         let netns = NetnsRef::Path(attachment.netns.clone().into());
@@ -433,7 +428,7 @@ async fn attach_again(attachment: &Attachment, datapath: &mut Datapath) -> bool 
             return false;
         }
         datapath::Attachment {
-            mac: attachment.engine.as_ref().map(|engine| engine.mac),
+            mac: attachment.engine_endpoint().map(|it| it.mac),
             ..datapath::Attachment::inside(netns, attachment.address)
         }
     };

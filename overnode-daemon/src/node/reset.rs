@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::Daemon;
-use super::containers::docker::has_interface;
 use crate::api::{self, ApiError, WasReset};
 use crate::bulk;
 use crate::datapath::Datapath;
@@ -14,7 +13,7 @@ use crate::docker;
 use crate::failpoint;
 use crate::options::{DOCKER_PLUGINS, docker_plugins};
 use crate::store::{Store, StoreError};
-use overnode_core::attachment::Kind;
+use overnode_core::attachment::{Attachment, Kind};
 
 /// How long the node waits for its neighbors to receive its departure.
 const FAREWELL: Duration = Duration::from_millis(200);
@@ -102,22 +101,22 @@ pub async fn reset_offline(state_dir: &Path, run_dir: &Path, force: bool) -> any
 fn refuse_attached(store: &Store) -> Result<(), String> {
     let mut attached = store.attachments().map_err(|error| error.to_string())?;
     // Stopped containers of an engine are not affected by the loss of the network.
-    attached.retain(has_interface);
+    attached.retain(Attachment::has_interface);
     if attached.is_empty() {
         return Ok(());
     }
     let names: Vec<String> = attached
         .iter()
-        .map(|it| match (it.kind, &it.name) {
+        .map(|it| match (it.kind(), &it.name) {
             (Kind::Docker, Some(name)) => format!("{name} ({})", it.address),
             (Kind::Docker, None) => format!("a Docker container ({})", it.address),
             (Kind::Host, _) => format!("this host ({})", it.address),
             (Kind::Netns | Kind::Cni, _) => format!("{} ({})", it.target, it.address),
         })
         .collect();
-    let how = if attached.iter().all(|it| it.kind == Kind::Host) {
+    let how = if attached.iter().all(|it| it.kind() == Kind::Host) {
         "hide it first with `overnode hide`"
-    } else if attached.iter().any(|it| it.kind == Kind::Docker) {
+    } else if attached.iter().any(|it| it.kind() == Kind::Docker) {
         "stop the Docker containers and detach the others with `overnode detach TARGET` first"
     } else {
         "detach them first with `overnode detach TARGET`"

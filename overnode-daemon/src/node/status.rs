@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use overnode_ebpf::reason::Reason;
 
-use super::containers::docker::has_interface;
 use super::containers::target_of;
 use super::control_plane::targets;
 use super::data_plane::paths::path_of;
@@ -235,16 +234,16 @@ impl View<'_> {
         Ok(attachments
             .iter()
             .map(|it| EndpointStatus {
-                kind: it.kind,
-                image: it.image.clone(),
-                cni: it.cni.clone(),
+                kind: it.kind(),
+                image: it.image().cloned(),
+                cni: it.cni().cloned(),
                 name: it.name.clone(),
                 target: target_of(it),
                 address: self.local.with_prefix(it.address),
                 fixed: it.is_static,
                 interface: it.host_interface.clone(),
                 attached_unix_seconds: Some(it.since),
-                state: if !has_interface(it) {
+                state: if !it.has_interface() {
                     EndpointState::Reserved
                 } else if self.data.datapath.is_attached(&it.host_interface) {
                     EndpointState::Attached

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use super::*;
-use overnode_core::attachment::Kind;
+use overnode_core::attachment::Owner;
 use overnode_types::{Network, PublicKey, VerifyingKey};
 
 fn identity() -> Identity {
@@ -32,16 +32,13 @@ fn identity() -> Identity {
 
 fn attachment(last: u8) -> Attachment {
     Attachment {
-        kind: Kind::Netns,
+        owner: Owner::Netns,
         address: [10, 44, 0, last].into(),
         is_static: false,
         target: format!("netns:box{last}"),
         netns: format!("/run/netns/box{last}"),
         netns_inode: 4_026_532_000,
         name: None,
-        image: None,
-        engine: None,
-        cni: None,
         host_interface: format!("ov{last:08x}"),
         since: 1_700_000_000,
     }
@@ -244,7 +241,8 @@ fn a_second_daemon_is_refused_and_told_which_process_runs() {
 
 #[test]
 fn state_of_another_version_is_refused_and_left_alone() {
-    for found in ["2", "4", "\"x\"", "garbage"] {
+    let (older, newer) = ((SCHEMA - 1).to_string(), (SCHEMA + 1).to_string());
+    for found in [&*older, &*newer, "\"x\"", "garbage"] {
         let folder = TempDir::new().unwrap();
         let store = Store::open(folder.path()).unwrap();
         store.set_identity(&identity(), None).unwrap();

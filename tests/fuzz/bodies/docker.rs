@@ -147,7 +147,7 @@ fn check_record(record: &Attachment) {
     assert!(record.netns.is_empty() || record.netns.starts_with('/'), "{record:?}");
     assert!(!record.netns.chars().any(char::is_control), "{record:?}");
     assert!(record.host_interface.len() <= 15, "{record:?}");
-    if let Some(engine) = &record.engine {
+    if let Some(engine) = record.engine_endpoint() {
         assert!(is_id(&engine.network) && is_id(&engine.endpoint), "{engine:?}");
         assert!(!engine.mac.is_multicast(), "the interface has a multicast address: {engine:?}");
     }

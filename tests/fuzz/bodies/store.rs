@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use overnode_core::attachment::{Attachment, EngineEndpoint, Kind};
+use overnode_core::attachment::{Attachment, EngineEndpoint, Owner};
 use overnode_core::gossip::{Record, Signature};
 use overnode_daemon::store::{DATABASE, ExternalPeer, Identity, Known, Store, StoreError};
 use overnode_types::name::Named;
@@ -203,21 +203,21 @@ fn identity() -> Identity {
 
 fn attachment() -> Attachment {
     Attachment {
-        kind: Kind::Docker,
+        owner: Owner::Docker {
+            image: Some("nginx".into()),
+            endpoint: Some(EngineEndpoint {
+                network: "n1".into(),
+                endpoint: "e1".into(),
+                mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
+                joined: true,
+            }),
+        },
         address: [10, 44, 0, 1].into(),
         is_static: false,
         target: "0123456789ab".into(),
         netns: "/run/docker/netns/1".into(),
         netns_inode: 4_026_532_000,
         name: Some("web".into()),
-        image: Some("nginx".into()),
-        engine: Some(EngineEndpoint {
-            network: "n1".into(),
-            endpoint: "e1".into(),
-            mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
-            joined: true,
-        }),
-        cni: None,
         host_interface: "ov0a2c0001".into(),
         since: 1_700_000_000,
     }

@@ -17,7 +17,9 @@ use super::message::{
     Request, RequestAddress, RequestPool, Response,
 };
 use super::report::{Container, Report};
-use crate::attachment::{Attachment, EngineEndpoint, Kind, host_interface, waiting_interface};
+use crate::attachment::{
+    Attachment, EngineEndpoint, Kind, Owner, host_interface, waiting_interface,
+};
 use overnode_api::check_name;
 use overnode_types::MacAddr;
 use overnode_types::text::quoted;
@@ -102,7 +104,7 @@ impl Docker {
         attachments: Vec<Attachment>,
         now: Instant,
     ) -> Self {
-        let ours = attachments.into_iter().filter(|record| record.kind == Kind::Docker);
+        let ours = attachments.into_iter().filter(|record| record.kind() == Kind::Docker);
         let leases = ours.map(|record| (record.address, Lease { record, seen: now })).collect();
         Self { settings, networks, leases, pools_in_a_row: 0 }
     }
@@ -175,16 +177,13 @@ impl Docker {
         since: u64,
     ) -> (Attachment, Response) {
         let record = Attachment {
-            kind: Kind::Docker,
+            owner: Owner::Docker { image: None, endpoint: None },
             address,
             is_static: fixed,
             target: "docker".to_owned(),
             netns: String::new(),
             netns_inode: 0,
             name,
-            image: None,
-            engine: None,
-            cni: None,
             host_interface: host_interface(address),
             since,
         };
@@ -224,7 +223,7 @@ impl Docker {
             .collect();
         let mut gone = Vec::new();
         for (address, lease) in &mut self.leases {
-            let endpoint = lease.record.engine.as_ref().map(|engine| engine.endpoint.as_str());
+            let endpoint = lease.record.engine_endpoint().map(|it| it.endpoint.as_str());
             let Some(container) = endpoint.and_then(|endpoint| containers.get(endpoint)) else {
                 if now.saturating_duration_since(lease.seen) >= LEASE_EXPIRY {
                     gone.push(*address);
@@ -234,7 +233,10 @@ impl Docker {
             lease.seen = now;
             let updated = Attachment {
                 name: container.name.clone().or_else(|| lease.record.name.clone()),
-                image: container.image.clone(),
+                owner: Owner::Docker {
+                    image: container.image.clone(),
+                    endpoint: lease.record.engine_endpoint().cloned(),
+                },
                 target: container.id.clone(),
                 ..lease.record.clone()
             };
@@ -250,9 +252,9 @@ impl Docker {
 
     /// Returns true if some container has joined and its name is not known yet.
     pub fn has_unnamed(&self) -> bool {
-        self.leases.values().any(|lease| {
-            lease.record.image.is_none() && lease.record.engine.as_ref().is_some_and(|it| it.joined)
-        })
+        self.leases
+            .values()
+            .any(|lease| lease.record.image().is_none() && lease.record.has_interface())
     }
 
     /// Returns the attachments of all addresses that the engine has.
@@ -272,9 +274,9 @@ impl Docker {
     /// Returns the endpoints that were joined to a namespace that did not exist yet: the engine
     /// creates the namespace after the join.
     pub fn unsettled(&self) -> impl Iterator<Item = &Attachment> {
-        let joined =
-            |record: &&Attachment| record.engine.as_ref().is_some_and(|engine| engine.joined);
-        self.records().filter(joined).filter(|record| record.netns_inode == 0)
+        self.records()
+            .filter(|record| record.has_interface())
+            .filter(|record| record.netns_inode == 0)
     }
 
     /// Handles a new engine process. Frees addresses that an earlier process requested without
@@ -285,7 +287,7 @@ impl Docker {
             .leases
             .iter()
             .filter(|(_, lease)| {
-                lease.record.engine.is_none()
+                lease.record.engine_endpoint().is_none()
                     && now.saturating_duration_since(lease.seen) >= PENDING_ADDRESS_GRACE
             })
             .map(|(address, _)| *address)
@@ -444,7 +446,7 @@ impl Docker {
                 }
             },
         };
-        match &lease.record.engine {
+        match lease.record.engine_endpoint() {
             Some(known) if known.endpoint != request.endpoint => {
                 return Err(Refusal::new(format_args!(
                     "{} belongs to another endpoint: {}",
@@ -474,7 +476,8 @@ impl Docker {
             joined: false,
         };
         let target = engine.endpoint.clone();
-        let record = Attachment { engine: Some(engine), target, ..lease.record.clone() };
+        let owner = Owner::Docker { image: lease.record.image().cloned(), endpoint: Some(engine) };
+        let record = Attachment { owner, target, ..lease.record.clone() };
         Ok(Step::Keep(Box::new(record), endpoint_answer(given.is_none(), mac)))
     }
 
@@ -485,7 +488,7 @@ impl Docker {
         let rival = self.records().find(|other| {
             other.netns == request.sandbox
                 && other.address != record.address
-                && other.engine.as_ref().is_some_and(|engine| engine.joined)
+                && other.has_interface()
         });
         if let Some(rival) = rival {
             return Err(Refusal::new(format_args!(
@@ -497,9 +500,7 @@ impl Docker {
         let mut record = record.clone();
         record.netns = request.sandbox;
         record.netns_inode = 0;
-        if let Some(engine) = &mut record.engine {
-            engine.joined = true;
-        }
+        set_joined(&mut record, true);
         let interface_name = InterfaceName {
             src_name: waiting_interface(record.address),
             dst_prefix: INTERFACE_PREFIX,
@@ -508,8 +509,7 @@ impl Docker {
     }
 
     fn by_endpoint(&self, id: &str) -> Option<&Attachment> {
-        self.records()
-            .find(|record| record.engine.as_ref().is_some_and(|engine| engine.endpoint == id))
+        self.records().find(|record| record.engine_endpoint().is_some_and(|it| it.endpoint == id))
     }
 }
 
@@ -521,15 +521,20 @@ fn unknown_endpoint(id: &str) -> Refusal {
 fn after_leave(mut record: Attachment) -> Attachment {
     record.netns = String::new();
     record.netns_inode = 0;
-    if let Some(engine) = &mut record.engine {
-        engine.joined = false;
-    }
+    set_joined(&mut record, false);
     record
+}
+
+fn set_joined(record: &mut Attachment, joined: bool) {
+    if let Owner::Docker { endpoint: Some(endpoint), .. } = &mut record.owner {
+        endpoint.joined = joined;
+    }
 }
 
 /// Returns the attachment after its endpoint was deleted: only the address remains.
 fn after_deletion(record: Attachment) -> Attachment {
-    Attachment { engine: None, ..after_leave(record) }
+    let owner = Owner::Docker { image: record.image().cloned(), endpoint: None };
+    Attachment { owner, ..after_leave(record) }
 }
 
 /// Returns the answer to an endpoint's creation. `with_mac` must be false if the engine assigned

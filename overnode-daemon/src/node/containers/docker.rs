@@ -18,7 +18,7 @@ use crate::failpoint;
 use crate::node::local::LocalNode;
 use crate::node::monitor::container_of;
 use crate::store::Store;
-use overnode_core::attachment::{self, Attachment, Kind};
+use overnode_core::attachment::{self, Attachment};
 use overnode_core::docker::{Docker, Refusal, Request, Response, Settings, Step};
 use overnode_core::ipam::{IpamError, RequestId};
 use overnode_types::NodeId;
@@ -396,7 +396,7 @@ impl Containers {
         let plan = datapath::Attachment {
             place: EndPlacement::Waiting,
             address: record.address,
-            mac: record.engine.as_ref().map(|engine| engine.mac),
+            mac: record.engine_endpoint().map(|it| it.mac),
             host_interface: record.host_interface.clone(),
         };
         let address = record.address;
@@ -417,12 +417,4 @@ async fn detach_interface(address: IpAddr, datapath: &mut Datapath) -> Result<()
     detached.map_err(|why| {
         Refusal::new(format_args!("the interface of {address} was not removed: {why:#}"))
     })
-}
-
-/// Whether an attachment on disk should have an interface.
-pub(in crate::node) fn has_interface(attachment: &Attachment) -> bool {
-    match attachment.kind {
-        Kind::Docker => attachment.engine.as_ref().is_some_and(|engine| engine.joined),
-        Kind::Netns | Kind::Cni | Kind::Host => true,
-    }
 }

@@ -183,14 +183,14 @@ fn a_container_comes_and_goes() {
     let address = world.start("e1", "/s1");
     assert_eq!(world.plugged, [address].into());
     let record = &world.disk[&address];
-    assert_eq!((record.kind, record.netns.as_str()), (Kind::Docker, "/s1"));
+    assert_eq!((record.kind(), record.netns.as_str()), (Kind::Docker, "/s1"));
     world.done(Request::Leave(id("e1")));
     assert!(world.plugged.is_empty());
-    assert!(!world.disk[&address].engine.as_ref().unwrap().joined);
+    assert!(!world.disk[&address].engine_endpoint().unwrap().joined);
     world.done(join("e1", "/s2"));
     world.done(Request::Leave(id("e1")));
     world.done(Request::DeleteEndpoint(id("e1")));
-    assert_eq!(world.disk[&address].engine, None);
+    assert_eq!(world.disk[&address].engine_endpoint(), None);
     world.done(release(address));
     assert!(world.disk.is_empty());
     world.done(Request::DeleteNetwork(NetworkId { network: NETWORK.into() }));
@@ -237,7 +237,7 @@ fn the_answer_contains_a_mac_address_only_if_the_node_chose_it() {
         };
         assert_eq!(interface.address, "");
         assert_eq!(interface.mac_address.is_empty(), !given.is_empty(), "{interface:?}");
-        let kept = world.plan.by_endpoint(endpoint).unwrap().engine.clone().unwrap().mac;
+        let kept = world.plan.by_endpoint(endpoint).unwrap().engine_endpoint().unwrap().mac;
         let mac = if given.is_empty() { &interface.mac_address } else { given };
         assert_eq!(mac.parse(), Ok(kept));
         // An engine that repeats the address it was told must not get it back in the answer.
@@ -328,7 +328,10 @@ fn names_and_images_come_from_the_engine() {
         networks: vec!["older".into()],
     });
     let record = &world.disk[&address];
-    assert_eq!((record.name.as_deref(), record.image.as_deref()), (Some("web"), Some("tiny")));
+    assert_eq!(
+        (record.name.as_deref(), record.image().map(String::as_str)),
+        (Some("web"), Some("tiny"))
+    );
     assert_eq!(record.target, "0123456789ab");
     assert!(world.networks.contains("older"), "a network from before a reset is adopted");
     world.report(&Report { containers: vec![container("e1", "renamed")], networks: Vec::new() });
