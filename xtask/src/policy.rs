@@ -45,6 +45,9 @@ pub(crate) fn check(root: &Path) -> Result<()> {
             findings.push(format!("{name}: nothing uses the dependency {dependency}: remove it"));
         }
     }
+    for dependency in unused_in_workspace(root)? {
+        findings.push(format!("Cargo.toml: no package depends on {dependency}: remove it"));
+    }
     for package in PURE {
         for dependency in dependencies(&root.join(package).join("Cargo.toml"))? {
             if IMPURE.iter().any(|impure| dependency.starts_with(impure)) {
@@ -164,6 +167,21 @@ fn unused_dependencies(manifest: &Path) -> Result<Vec<String>> {
     let mut named = dependencies(manifest)?;
     named.retain(|name| !names_crate(&sources, &name.replace('-', "_")));
     Ok(named.into_iter().collect())
+}
+
+/// Dependencies that the workspace declares and none of its packages has.
+fn unused_in_workspace(root: &Path) -> Result<BTreeSet<String>> {
+    let text = fs::read_to_string(root.join("Cargo.toml"))?;
+    let document: toml::Table = toml::from_str(&text)?;
+    let declared = document.get("workspace").and_then(|it| it.get("dependencies"));
+    let declared = declared.and_then(toml::Value::as_table).context("no dependencies")?;
+    let mut unused: BTreeSet<String> = declared.keys().cloned().collect();
+    for manifest in manifests(root)? {
+        for used in dependencies(&manifest)? {
+            unused.remove(&used);
+        }
+    }
+    Ok(unused)
 }
 
 /// Whether a file belongs to the package in `folder`. The fuzzer is a workspace of its own inside
