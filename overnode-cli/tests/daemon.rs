@@ -28,7 +28,7 @@ fn targets(hosts: &[&str]) -> Vec<Target> {
 /// Starts a node that answers only `status`.
 fn with_status() -> Canned {
     Canned::start(|request| match request {
-        Request::Status => Ok(Reply::Status(Box::new(sample()))),
+        Request::Status(()) => Ok(Reply::Status(sample())),
         other => panic!("unexpected: {other:?}"),
     })
 }
@@ -148,7 +148,7 @@ fn text_from_other_nodes_cannot_control_the_terminal() {
     let node = Canned::start(|_| {
         let mut status = sample();
         status.peers[1].nickname = "\u{1b}]0;owned\u{7}\nhost".into();
-        Ok(Reply::Status(Box::new(status)))
+        Ok(Reply::Status(status))
     });
     let shown = node.host.run(&["status", "--peers"]).stdout;
     assert!(shown.contains("2(?]0;owned??host)"), "{shown}");
@@ -181,11 +181,11 @@ fn targets_are_passed_on() {
         Request::Connect(connect) => {
             assert!(connect.replace);
             assert_eq!(connect.hosts, targets(&["host2", "fd00::1"]));
-            Ok(Reply::Targets(Targets { targets: connect.hosts }))
+            Ok(Reply::Connect(Targets { targets: connect.hosts }))
         }
         Request::Forget(forget) => {
             assert_eq!(forget.hosts, targets(&["host2"]));
-            Ok(Reply::Targets(Targets { targets: Vec::new() }))
+            Ok(Reply::Forget(Targets { targets: Vec::new() }))
         }
         other => panic!("unexpected: {other:?}"),
     });
@@ -204,7 +204,7 @@ fn attach_prints_the_address_and_nothing_else() {
             assert_eq!(attach.netns, None);
             assert_eq!(attach.name.as_deref(), Some("web"));
             assert_eq!(attach.address.unwrap().to_string(), "10.32.0.7/12");
-            Ok(Reply::Attached(Attached {
+            Ok(Reply::Attach(Attached {
                 address: attach.address.unwrap(),
                 interface: "overnode0".into(),
                 host_interface: "ov1a2b3c4d".into(),
@@ -265,7 +265,7 @@ fn prime_waits_and_gives_up_in_time() {
     let mut asked = 0;
     let node = Canned::start(move |_| {
         asked += 1;
-        Ok(Reply::Primed(Primed {
+        Ok(Reply::Prime(Primed {
             ready: asked == 3,
             waiting_for: Some("no node 1 to 4 is reachable".into()),
         }))
@@ -286,20 +286,18 @@ fn wireguard_peers_are_added_listed_and_removed() {
             assert_eq!(peer.endpoint, Some("192.0.2.77:51820".parse().unwrap()));
             assert_eq!(peer.allowed_ips.len(), 2);
             assert_eq!(peer.persistent_keepalive_seconds, Some(25));
-            Ok(Reply::ExternalPeerAdded(overnode_daemon::api::ExternalPeerAdded {
+            Ok(Reply::AddExternalPeer(overnode_daemon::api::ExternalPeerAdded {
                 public_key: peer.public_key,
                 port: 6784,
                 subnet: "10.32.0.0/12".parse().unwrap(),
                 replaced: false,
             }))
         }
-        Request::ListExternalPeers => Ok(Reply::ExternalPeers(sample().external_peers)),
+        Request::ExternalPeers(()) => Ok(Reply::ExternalPeers(sample().external_peers)),
         Request::RemoveExternalPeer(peer) => {
             assert_eq!(peer.public_key.to_string(), KEY);
             let allowed_ips = vec!["10.39.250.1/32".parse().unwrap()];
-            Ok(Reply::ExternalPeerRemoved(overnode_daemon::api::ExternalPeerRemoved {
-                allowed_ips,
-            }))
+            Ok(Reply::RemoveExternalPeer(overnode_daemon::api::ExternalPeerRemoved { allowed_ips }))
         }
         other => panic!("unexpected: {other:?}"),
     });
@@ -335,11 +333,11 @@ fn wireguard_peers_are_added_listed_and_removed() {
 #[test]
 fn a_running_node_is_not_started_again() {
     let node = Canned::start(|request| match request {
-        Request::Version => Ok(Reply::Version(node::version(std::process::id()))),
+        Request::Version(()) => Ok(Reply::Version(node::version(std::process::id()))),
         Request::Launch(launch) => {
             assert!(!launch.restart);
             assert_eq!(launch.token.expose(), "from the environment");
-            Ok(Reply::Launched(Launched {
+            Ok(Reply::Launch(Launched {
                 outcome: LaunchOutcome::AlreadyRunning,
                 id: launch.id,
                 nickname: "host1".into(),
@@ -361,8 +359,8 @@ fn a_running_node_is_not_started_again() {
 /// Starts a node that is already running and accepts any token.
 fn with_launch() -> Canned {
     Canned::start(|request| match request {
-        Request::Version => Ok(Reply::Version(node::version(std::process::id()))),
-        Request::Launch(launch) => Ok(Reply::Launched(Launched {
+        Request::Version(()) => Ok(Reply::Version(node::version(std::process::id()))),
+        Request::Launch(launch) => Ok(Reply::Launch(Launched {
             outcome: LaunchOutcome::AlreadyRunning,
             id: launch.id,
             nickname: "host1".into(),

@@ -82,11 +82,11 @@ fn answer(
     launch: impl Fn() -> Result<(), ApiError> + Send + 'static,
 ) -> impl FnMut(Request) -> Result<Reply, ApiError> {
     move |request| match request {
-        Request::Version => Ok(Reply::Version(node::version(pid))),
+        Request::Version(()) => Ok(Reply::Version(node::version(pid))),
         Request::Launch(wanted) => {
             assert!(wanted.restart, "the daemon was started for it");
             launch().map(|()| {
-                Reply::Launched(Launched {
+                Reply::Launch(Launched {
                     outcome: LaunchOutcome::Started,
                     id: wanted.id,
                     nickname: "host1".into(),
@@ -269,10 +269,10 @@ fn the_slower_of_two_concurrent_launches_uses_the_other_daemon() {
     let running = Running::start(&host, SLEEPER, &LAUNCH);
     let pid = running.daemon();
     let node = serve(host, |request| match request {
-        Request::Version => Ok(Reply::Version(node::version(std::process::id()))),
+        Request::Version(()) => Ok(Reply::Version(node::version(std::process::id()))),
         Request::Launch(wanted) => {
             assert!(!wanted.restart, "another launch started the daemon");
-            Ok(Reply::Launched(Launched {
+            Ok(Reply::Launch(Launched {
                 outcome: LaunchOutcome::AlreadyRunning,
                 id: wanted.id,
                 nickname: "host1".into(),
@@ -333,11 +333,11 @@ fn reset_waits_until_the_daemon_is_gone() {
     let node = Canned::at(host, move |mut calls| {
         while let Some((request, reply)) = calls.blocking_recv() {
             let (answer, last) = match request {
-                Request::Version => (Reply::Version(node::version(pid)), false),
+                Request::Version(()) => (Reply::Version(node::version(pid)), false),
                 Request::Reset(reset) => {
                     assert!(reset.force);
                     (
-                        Reply::WasReset(WasReset {
+                        Reply::Reset(WasReset {
                             id: Some(1.try_into().unwrap()),
                             left: Vec::new(),
                         }),
@@ -372,8 +372,8 @@ fn reset_reports_what_it_could_not_remove() {
     daemon.wait().unwrap();
     let pid = daemon.id();
     let node = Canned::start(move |request| match request {
-        Request::Version => Ok(Reply::Version(node::version(pid))),
-        Request::Reset(_) => Ok(Reply::WasReset(WasReset {
+        Request::Version(()) => Ok(Reply::Version(node::version(pid))),
+        Request::Reset(_) => Ok(Reply::Reset(WasReset {
             id: Some(1.try_into().unwrap()),
             left: vec!["interface ov1a2b3c4d: busy".into()],
         })),

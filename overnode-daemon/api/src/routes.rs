@@ -1,4 +1,5 @@
-//! The routes. Each is declared once: the daemon serves it, and the command requests it.
+//! The routes. Each is declared once, as one line of `routes!`: the daemon serves it, and the
+//! command requests it. [`Request`] and [`Reply`] have a variant for each.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -28,6 +29,9 @@ pub trait Route {
     const PATH: &'static str;
 }
 
+/// Reads the body of a request.
+pub type Reader = fn(&[u8]) -> serde_json::Result<Request>;
+
 macro_rules! routes {
     ($(
         $(#[doc = $doc:literal])+
@@ -46,8 +50,25 @@ macro_rules! routes {
             }
         )+
 
-        /// All routes with a JSON answer.
-        pub const ALL: &[(Method, &str)] = &[$((Method::$method, $path)),+];
+        /// A request, by its route.
+        #[derive(Debug)]
+        pub enum Request {
+            $($(#[doc = $doc])+ $name($request),)+
+        }
+
+        /// An answer, by its route. The JSON form is the document in the variant.
+        #[derive(Debug, Serialize)]
+        #[serde(untagged)]
+        #[allow(clippy::large_enum_variant, reason = "there is one at a time")]
+        pub enum Reply {
+            $($(#[doc = $doc])+ $name($answer),)+
+        }
+
+        /// All routes: method, path, and the function that reads the body of a request. For a
+        /// request without a body, it reads `null`.
+        pub const ALL: &[(Method, &str, Reader)] = &[
+            $((Method::$method, $path, |body| serde_json::from_slice(body).map(Request::$name)),)+
+        ];
     };
 }
 
@@ -56,6 +77,9 @@ routes! {
     Version: Get "/v1/version", () => super::Version;
     /// The node's status.
     Status: Get "/v1/status", () => StatusDocument;
+    /// The stream of [`MonitorEvent`](super::MonitorEvent)s, one JSON object per line. The document
+    /// is the first of them.
+    Monitor: Get "/v1/monitor", () => super::Watching;
     /// Everything the node knows, without secrets.
     Inspect: Get "/v1/inspect", () => Value;
     /// Whether an address can be given to a container now.
@@ -89,7 +113,7 @@ routes! {
         super::RemoveExternalPeer => ExternalPeerRemoved;
 }
 
-/// The path of the stream of [`MonitorEvent`](super::MonitorEvent)s, one JSON object per line.
-pub const MONITOR: &str = "/v1/monitor";
+/// The path of [`Monitor`].
+pub const MONITOR: &str = <Monitor as Route>::PATH;
 /// The path of the status for Prometheus, as text.
 pub const METRICS: &str = "/v1/metrics";

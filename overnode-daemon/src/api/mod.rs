@@ -8,4 +8,5 @@ pub mod server;
 pub use overnode_api::*;
 pub use server::serve;
 
-pub use crate::dispatch::{Call, Reply, Request};
+pub use crate::dispatch::{BODY_LIMIT, Call, SOCKET};
+pub use overnode_api::routes::{Reply, Request};

@@ -13,14 +13,14 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{get, post};
 use futures_util::stream;
-use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::mpsc;
 
-use super::{ApiError, BODY_LIMIT, Call, EventKind, Reply, Request, Route, routes};
-use crate::dispatch::{call, refusal, refuse};
+use super::routes::{Reply, Request};
+use super::{ApiError, EventKind, routes};
+use crate::dispatch::{BODY_LIMIT, Call, call, refusal, refuse, response};
 use crate::metrics;
 use crate::monitor::hub::{Hub, line_now};
 
@@ -72,24 +72,19 @@ pub async fn serve(listener: UnixListener, node: mpsc::Sender<Call>, hub: Hub) -
 }
 
 fn router(node: mpsc::Sender<Call>, hub: Hub) -> Router {
-    let router = Router::new();
-    let router = add_get::<routes::Version>(router, || Request::Version);
-    let router = add_get::<routes::Status>(router, || Request::Status);
-    let router = add_get::<routes::Inspect>(router, || Request::Inspect);
-    let router = add_get::<routes::Prime>(router, || Request::Prime);
-    let router = add_get::<routes::ExternalPeers>(router, || Request::ListExternalPeers);
-    let router = add_post::<routes::Launch>(router, Request::Launch);
-    let router = add_post::<routes::Connect>(router, Request::Connect);
-    let router = add_post::<routes::Forget>(router, Request::Forget);
-    let router = add_post::<routes::Attach>(router, Request::Attach);
-    let router = add_post::<routes::Detach>(router, Request::Detach);
-    let router = add_post::<routes::Reclaim>(router, Request::Reclaim);
-    let router = add_post::<routes::DnsAdd>(router, Request::DnsAdd);
-    let router = add_post::<routes::DnsRemove>(router, Request::DnsRemove);
-    let router = add_post::<routes::DnsLookup>(router, Request::DnsLookup);
-    let router = add_post::<routes::Reset>(router, Request::Reset);
-    let router = add_post::<routes::AddExternalPeer>(router, Request::AddExternalPeer);
-    let router = add_post::<routes::RemoveExternalPeer>(router, Request::RemoveExternalPeer);
+    let mut router = Router::new();
+    for &(method, path, read) in routes::ALL.iter().filter(|(_, path, _)| *path != routes::MONITOR)
+    {
+        router = router.route(
+            path,
+            match method {
+                overnode_api::Method::Get => get(move |node| ask(node, read(b"null"))),
+                overnode_api::Method::Post => {
+                    post(move |node, body| ask_with_body(node, read, body))
+                }
+            },
+        );
+    }
     router
         .route(routes::METRICS, get(|State(node)| metrics::answer(node)))
         .route(routes::MONITOR, get(|node| monitor(node, hub)))
@@ -99,47 +94,32 @@ fn router(node: mpsc::Sender<Call>, hub: Hub) -> Router {
         .with_state(node)
 }
 
-type Routes = Router<mpsc::Sender<Call>>;
-
-/// Adds a route without a body.
-fn add_get<R: Route<Request = ()>>(router: Routes, request: fn() -> Request) -> Routes {
-    const { assert!(matches!(R::METHOD, overnode_api::Method::Get)) }
-    router.route(R::PATH, get(move |node| ask(node, request())))
-}
-
-/// Adds a route with a document as its body.
-fn add_post<R: Route>(router: Routes, request: fn(R::Request) -> Request) -> Routes {
-    const { assert!(matches!(R::METHOD, overnode_api::Method::Post)) }
-    router.route(R::PATH, with_body(request))
-}
-
 type Node = State<mpsc::Sender<Call>>;
 
-fn with_body<T: DeserializeOwned + Send + 'static>(
-    request: fn(T) -> Request,
-) -> MethodRouter<mpsc::Sender<Call>> {
-    post(move |node: Node, body: Result<Bytes, BytesRejection>| async move {
-        let bytes = match body {
-            Ok(bytes) => bytes,
-            Err(rejection) => {
-                let message =
-                    format!("the request body could not be read: {}", rejection.body_text());
-                return refuse(rejection.status(), &ApiError::usage(message));
-            }
-        };
-        match serde_json::from_slice(&bytes) {
-            Ok(body) => ask(node, request(body)).await,
-            Err(error) => {
-                let message = format_args!("the request body is not the expected JSON: {error}");
-                refusal(&ApiError::usage(message))
-            }
+async fn ask_with_body(
+    node: Node,
+    read: routes::Reader,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    match body {
+        Ok(bytes) => ask(node, read(&bytes)).await,
+        Err(rejection) => {
+            let message = format!("the request body could not be read: {}", rejection.body_text());
+            refuse(rejection.status(), &ApiError::usage(message))
         }
-    })
+    }
 }
 
-async fn ask(State(node): Node, request: Request) -> Response {
+async fn ask(State(node): Node, request: serde_json::Result<Request>) -> Response {
+    let request = match request {
+        Ok(request) => request,
+        Err(error) => {
+            let message = format_args!("the request body is not the expected JSON: {error}");
+            return refusal(&ApiError::usage(message));
+        }
+    };
     match call(&node, request).await {
-        Ok(reply) => reply.into_response(),
+        Ok(reply) => response(&reply),
         Err(error) => refusal(&error),
     }
 }
@@ -151,9 +131,9 @@ async fn monitor(State(node): Node, hub: Hub) -> Response {
         Ok(reader) => reader,
         Err(error) => return refusal(&ApiError::refused(error)),
     };
-    let first = match call(&node, Request::Monitor).await {
-        Ok(Reply::Watching(watching)) => line_now(EventKind::Watching(watching)),
-        Ok(other) => return other.into_response(),
+    let first = match call(&node, Request::Monitor(())).await {
+        Ok(Reply::Monitor(watching)) => line_now(EventKind::Watching(watching)),
+        Ok(other) => return response(&other),
         Err(error) => return refusal(&error),
     };
     let lines = stream::unfold((Some(first), reader), |(first, mut reader)| async move {

@@ -23,7 +23,8 @@ use tokio::sync::mpsc;
 
 use overnode_api::Status;
 
-use crate::dispatch::{Call, Reply, Request, call, refusal};
+use crate::dispatch::{Call, call, refusal, response};
+use overnode_api::routes::{Reply, Request};
 
 /// The content type of the OpenMetrics text format.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -43,11 +44,11 @@ pub fn render(status: Status) -> String {
 
 /// Answers a request for metrics.
 pub async fn answer(node: mpsc::Sender<Call>) -> Response {
-    match call(&node, Request::Status).await {
+    match call(&node, Request::Status(())).await {
         Ok(Reply::Status(status)) => {
-            ([(header::CONTENT_TYPE, CONTENT_TYPE)], render(*status)).into_response()
+            ([(header::CONTENT_TYPE, CONTENT_TYPE)], render(status)).into_response()
         }
-        Ok(other) => other.into_response(),
+        Ok(other) => response(&other),
         Err(error) => refusal(&error),
     }
 }

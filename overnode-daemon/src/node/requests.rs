@@ -61,9 +61,9 @@ impl Daemon {
     /// Answers a request that needs no waiting.
     async fn handle(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
-            Request::Version => return Ok(Reply::Version(self.version())),
-            Request::Launch(launch) => return self.launch(launch).await.map(Reply::Launched),
-            Request::Reset(reset) => return self.reset(reset, None).await.map(Reply::WasReset),
+            Request::Version(()) => return Ok(Reply::Version(self.version())),
+            Request::Launch(launch) => return self.launch(launch).await.map(Reply::Launch),
+            Request::Reset(reset) => return self.reset(reset, None).await.map(Reply::Reset),
             _ => {}
         }
         let now = Instant::now();
@@ -82,7 +82,7 @@ impl Daemon {
                 Outcome::Leave(may) => {
                     let Some((reset, answer)) = self.waiting.leaving.take() else { continue };
                     let reply = match may {
-                        Ok(()) => self.reset(reset, None).await.map(Reply::WasReset),
+                        Ok(()) => self.reset(reset, None).await.map(Reply::Reset),
                         Err(error) => {
                             // Its default network was removed earlier.
                             self.node.as_ref().map(|node| node.containers.want_default_network());
@@ -93,7 +93,7 @@ impl Daemon {
                 }
                 Outcome::DefaultNetwork => {
                     for (launched, answer) in std::mem::take(&mut self.waiting.launching) {
-                        let _ = answer.send(Ok(Reply::Launched(launched)));
+                        let _ = answer.send(Ok(Reply::Launch(launched)));
                     }
                 }
                 Outcome::NetworkRemoved(removed) => {
@@ -124,7 +124,7 @@ impl Daemon {
                 let Node { containers, data, addresses, .. } = node;
                 let attached =
                     containers.attach_at(attach, address, &mut data.datapath, addresses).await;
-                Some((attached.map(Reply::Attached), answer))
+                Some((attached.map(Reply::Attach), answer))
             }
             (Some((_, answer)), Err(error)) => Some((Err(ApiError::refused(error)), answer)),
             (None, Err(_)) => None,
@@ -155,7 +155,7 @@ impl Daemon {
             return Some((Err(error), answer));
         }
         match node.request_address(&attach).await {
-            Ok(Requested::Exposed(exposed)) => Some((Ok(Reply::Attached(exposed)), answer)),
+            Ok(Requested::Exposed(exposed)) => Some((Ok(Reply::Attach(exposed)), answer)),
             Ok(Requested::Address(request)) => {
                 self.waiting.attaching.insert(request, (attach, answer));
                 None
@@ -192,7 +192,7 @@ impl Daemon {
         removed: Result<(), String>,
     ) -> Option<(Result<Reply, ApiError>, Answer)> {
         if reset.force {
-            return Some((self.reset(reset, removed.err()).await.map(Reply::WasReset), answer));
+            return Some((self.reset(reset, removed.err()).await.map(Reply::Reset), answer));
         }
         // Containers may have been attached while the engine was asked.
         if let Err(error) = removed.map_err(ApiError::refused).and_then(|()| self.check_reset()) {
@@ -221,7 +221,7 @@ impl Daemon {
             self.waiting.launching.push((launched, answer));
             return None;
         }
-        Some((Ok(Reply::Launched(launched)), answer))
+        Some((Ok(Reply::Launch(launched)), answer))
     }
 
     fn node(&mut self) -> Result<&mut Node, ApiError> {
@@ -262,60 +262,60 @@ impl Node {
             Request::Connect(connect) => {
                 let targets = add_targets(&self.store, connect.hosts, connect.replace)?;
                 self.control.replace_targets(&targets, now);
-                Ok(Reply::Targets(api::Targets { targets }))
+                Ok(Reply::Connect(api::Targets { targets }))
             }
             Request::Forget(forget) => {
                 let targets = remove_targets(&self.store, forget.hosts)?;
                 self.control.replace_targets(&targets, now);
-                Ok(Reply::Targets(api::Targets { targets }))
+                Ok(Reply::Forget(api::Targets { targets }))
             }
             Request::Detach(detach) => {
-                containers.detach(detach, &mut data.datapath, addresses).await.map(Reply::Detached)
+                containers.detach(detach, &mut data.datapath, addresses).await.map(Reply::Detach)
             }
-            Request::Status => {
+            Request::Status(()) => {
                 self.read_maps(now);
-                self.view().status(now).map(|status| Reply::Status(Box::new(status)))
+                self.view().status(now).map(Reply::Status)
             }
-            Request::Inspect => {
+            Request::Inspect(()) => {
                 self.read_maps(now);
                 self.view().inspect(now).map(Reply::Inspect)
             }
-            Request::Monitor => {
+            Request::Monitor(()) => {
                 if !self.monitor.is_counting() {
                     self.watch_drops();
                 }
-                Ok(Reply::Watching(api::Watching {
+                Ok(Reply::Monitor(api::Watching {
                     id: self.local.id(),
                     nickname: self.local.identity.nickname.clone(),
                     drops_per_second: SHOWN,
                 }))
             }
-            Request::Prime => Ok(Reply::Primed(addresses.prime(now))),
+            Request::Prime(()) => Ok(Reply::Prime(addresses.prime(now))),
             Request::Reclaim(reclaim) => {
                 self.problems.forget_unreclaimed(reclaim.id);
                 addresses.reclaim(reclaim.id, now)?;
                 self.pump(now).await;
-                Ok(Reply::Reclaimed(self.addresses.reclaim_progress(reclaim.id)))
+                Ok(Reply::Reclaim(self.addresses.reclaim_progress(reclaim.id)))
             }
             Request::DnsAdd(add) => {
                 let added = names.add(&add, &addresses.ipam)?;
                 self.announce_names(now);
-                Ok(Reply::DnsAddresses(added))
+                Ok(Reply::DnsAdd(added))
             }
             Request::DnsRemove(remove) => {
                 let left = names.remove(&remove)?;
                 self.announce_names(now);
-                Ok(Reply::DnsAddresses(left))
+                Ok(Reply::DnsRemove(left))
             }
-            Request::DnsLookup(lookup) => names.lookup(&lookup).map(Reply::DnsAddresses),
+            Request::DnsLookup(lookup) => names.lookup(&lookup).map(Reply::DnsLookup),
             Request::AddExternalPeer(peer) => {
-                self.add_external_peer(peer, now).await.map(Reply::ExternalPeerAdded)
+                self.add_external_peer(peer, now).await.map(Reply::AddExternalPeer)
             }
             Request::RemoveExternalPeer(peer) => {
-                self.remove_external_peer(&peer, now).map(Reply::ExternalPeerRemoved)
+                self.remove_external_peer(&peer, now).map(Reply::RemoveExternalPeer)
             }
-            Request::ListExternalPeers => Ok(Reply::ExternalPeers(self.view().external_peers(now))),
-            Request::Attach(_) | Request::Launch(_) | Request::Reset(_) | Request::Version => {
+            Request::ExternalPeers(()) => Ok(Reply::ExternalPeers(self.view().external_peers(now))),
+            Request::Attach(_) | Request::Launch(_) | Request::Reset(_) | Request::Version(()) => {
                 Err(ApiError::failed("this request is not for a part of the node"))
             }
         }
