@@ -20,29 +20,11 @@ use super::{Verdict, checks, cipher, handshake, maps, receive_ring, relay};
 /// Processes a packet. Passes on packets for other programs, and handshake messages that are
 /// admitted.
 pub fn run(frame: impl Frame) -> Result<Verdict, Reason> {
-    let Some(decap) = decap::parse(frame)? else {
-        if receive_ring::put(frame).transpose()?.is_some() {
-            return Ok(Verdict::Consumed(Reason::BulkQueued));
-        }
-        let Some(Place { offset, len }) = handshake::find(frame)? else {
-            return Ok(Verdict::Pass);
-        };
-        return handshake::admit(frame, offset, len);
+    let decap = match classify(frame)? {
+        Packet::Data(decap) => decap,
+        Packet::ForTheDaemon(place) => return handshake::admit(frame, place.offset, place.len),
+        Packet::Done(verdict) => return Ok(verdict),
     };
-    if frame.gso_size() != 0 {
-        return Err(Reason::Offload);
-    }
-    if decap.is_relayed() && !relay::is_here(frame, &decap)? {
-        // XDP cannot ask the kernel for the next hop, and leaves the message to the TC program,
-        // which runs after it.
-        return match frame.skb() {
-            Some(skb) => relay::pass_on(skb, &decap),
-            None => Ok(Verdict::Pass),
-        };
-    }
-    if decap.is_relayed() && !is_data(frame, &decap)? {
-        return handshake::admit(frame, decap.message(), decap.message_len());
-    }
     frame.linearize_all()?;
     let now = maps::now();
     let (session, counter) = find_session(frame, &decap, now)?;
@@ -77,6 +59,47 @@ pub fn run(frame: impl Frame) -> Result<Verdict, Reason> {
         Some(route) => deliver(frame, &decap, route, inner_len),
         None => probe(frame, &decap, peer, index, inner_len),
     }
+}
+
+/// What a packet on the underlay is.
+enum Packet {
+    /// A data message to open.
+    Data(OuterHeaders),
+    /// Another message for this node. There is one such variant, and so one call of
+    /// [`handshake::admit`], because old kernels verify the callee once for each place that calls
+    /// it.
+    ForTheDaemon(Place),
+    /// Nothing remains to be done.
+    Done(Verdict),
+}
+
+#[inline(always)]
+fn classify(frame: impl Frame) -> Result<Packet, Reason> {
+    let Some(decap) = decap::parse(frame)? else {
+        if receive_ring::put(frame).transpose()?.is_some() {
+            return Ok(Packet::Done(Verdict::Consumed(Reason::BulkQueued)));
+        }
+        return Ok(match handshake::find(frame)? {
+            Some(place) => Packet::ForTheDaemon(place),
+            None => Packet::Done(Verdict::Pass),
+        });
+    };
+    if frame.gso_size() != 0 {
+        return Err(Reason::Offload);
+    }
+    if decap.is_relayed() && !relay::is_here(frame, &decap)? {
+        // XDP cannot ask the kernel for the next hop, and leaves the message to the TC program,
+        // which runs after it.
+        return Ok(Packet::Done(match frame.skb() {
+            Some(skb) => relay::pass_on(skb, &decap)?,
+            None => Verdict::Pass,
+        }));
+    }
+    if decap.is_relayed() && !is_data(frame, &decap)? {
+        let place = Place { offset: decap.message(), len: decap.message_len() };
+        return Ok(Packet::ForTheDaemon(place));
+    }
+    Ok(Packet::Data(decap))
 }
 
 /// Returns true if a relayed message is a data message. The daemon handles all others.
