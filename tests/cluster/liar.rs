@@ -12,11 +12,11 @@ use overnode_core::control::hello::{Hello, LocalIdentity, NEWEST_VERSION, OLDEST
 use overnode_core::control::key;
 use overnode_core::control::packet::Packet;
 use overnode_core::control::renewal::Role;
-use overnode_core::gossip::{Message, Record, Signature, Signer};
+use overnode_core::gossip::{Message, Record, Signer};
 use overnode_core::ipam::{Change, Fact};
 use overnode_daemon::net::session::{self, ConnectOptions, Link};
 use overnode_daemon::store::Store;
-use overnode_types::{Network, NodeId, Secret, VerifyingKey};
+use overnode_types::{Network, NodeId, Secret};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::spoofing::{datagram, own_mac};
@@ -198,21 +198,11 @@ fn seed(id: u16) -> Secret {
 
 /// Returns a record of a node that need not exist.
 fn made_up(id: u16, links: impl IntoIterator<Item = u16>) -> Result<Record> {
+    let public_key = key::public_key(&key::exchange_secret(&seed(id)));
     let mut record = Record {
-        id: NodeId::new(id)?,
-        incarnation: 1,
         version: 1,
-        left: false,
-        nickname: format!("liar{id}"),
-        public_key: key::public_key(&key::exchange_secret(&seed(id))),
-        addresses: Vec::new(),
         links: links.into_iter().map(NodeId::new).collect::<Result<_, _>>()?,
-        no_direct_path: Vec::new(),
-        ranges: Vec::new(),
-        claims: Vec::new(),
-        names: Vec::new(),
-        verifying_key: VerifyingKey::default(),
-        signature: Signature::default(),
+        ..Record::blank(NodeId::new(id)?, 1, format!("liar{id}"), public_key)
     };
     Signer::new(&seed(id)).sign(&mut record);
     Ok(record)

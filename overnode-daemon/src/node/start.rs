@@ -33,11 +33,10 @@ use crate::store::{self, Identity, Store};
 use overnode_core::control::CONTROL_PORT;
 use overnode_core::control::dial::Dialer;
 use overnode_core::control::renewal::RENEW_AFTER;
-use overnode_core::gossip::{Gossip, Record, Signature, Signer};
+use overnode_core::gossip::{Gossip, Record, Signer};
 use overnode_core::handshake::Handshakes;
 use overnode_core::ipam::{Ipam, Layout};
 use overnode_core::routing::Routing;
-use overnode_types::VerifyingKey;
 
 /// The sockets that the node is reached at.
 struct Ports {
@@ -219,23 +218,14 @@ fn restore_records(
     ipam: &Ipam,
     now: Instant,
 ) -> anyhow::Result<(Gossip, Routing)> {
+    let identity = &local.identity;
+    let nickname = identity.nickname.clone();
     let own = Record {
-        id: local.id(),
-        incarnation: local.identity.incarnation,
-        version: 0,
-        left: false,
-        nickname: local.identity.nickname.clone(),
-        public_key: local.public_key,
-        addresses: Vec::new(),
-        links: Vec::new(),
-        no_direct_path: Vec::new(),
         ranges: ipam.ranges(),
         claims: ipam.claims(),
-        names: Vec::new(),
-        verifying_key: VerifyingKey::default(),
-        signature: Signature::default(),
+        ..Record::blank(local.id(), identity.incarnation, nickname, local.public_key)
     };
-    let signer = Signer::new(&local.identity.seed);
+    let signer = Signer::new(&identity.seed);
     let mut gossip = Gossip::new(own, signer, StdRng::from_os_rng(), now);
     gossip.set_clock(unix_milliseconds(), now);
     let mut routing = Routing::new(local.layout, local.id());

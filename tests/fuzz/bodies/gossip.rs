@@ -200,22 +200,9 @@ fn identity(number: u16) -> VerifyingKey {
 }
 
 fn blank(number: u16) -> Record {
-    Record {
-        id: id(number),
-        incarnation: 1,
-        version: 1,
-        left: false,
-        nickname: format!("host{number}"),
-        public_key: signer(number).public_key(),
-        addresses: Vec::new(),
-        links: Vec::new(),
-        no_direct_path: Vec::new(),
-        ranges: Vec::new(),
-        claims: Vec::new(),
-        names: Vec::new(),
-        verifying_key: VerifyingKey::default(),
-        signature: Signature::default(),
-    }
+    let nickname = format!("host{number}");
+    let blank = Record::blank(id(number), 1, nickname, signer(number).public_key());
+    Record { version: 1, ..blank }
 }
 
 fn named(name: &str, address: &str) -> Named {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use overnode_core::gossip::{Gossip, Path, Record, Signature, Signer, Verified};
+use overnode_core::gossip::{Gossip, Path, Record, Signer, Verified};
 use overnode_core::ipam::{Change, Config, Fact, Ipam, Key, Peer, RequestId, Timing};
 use overnode_core::routing::Routing;
 use overnode_types::{Network, NodeId, Secret, VerifyingKey};
@@ -142,21 +142,11 @@ impl Node {
                 now,
             );
         }
+        let public_key = signer(id).public_key();
         let own = Record {
-            id,
-            incarnation: disk.incarnation,
-            version: 0,
-            left: false,
-            nickname: String::new(),
-            public_key: signer(id).public_key(),
-            addresses: Vec::new(),
-            links: Vec::new(),
-            no_direct_path: Vec::new(),
             ranges: ipam.ranges(),
             claims: ipam.claims(),
-            names: Vec::new(),
-            verifying_key: VerifyingKey::default(),
-            signature: Signature::default(),
+            ..Record::blank(id, disk.incarnation, String::new(), public_key)
         };
         let mut gossip = Gossip::new(own, signer(id), rng, now);
         gossip.share_verified(verified);

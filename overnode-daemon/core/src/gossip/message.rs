@@ -78,6 +78,28 @@ pub struct Record {
     pub signature: Signature,
 }
 
+impl Record {
+    /// Returns a record of a node that announces nothing yet. It is not signed.
+    pub fn blank(id: NodeId, incarnation: u64, nickname: String, public_key: PublicKey) -> Self {
+        Self {
+            id,
+            incarnation,
+            version: 0,
+            left: false,
+            nickname,
+            public_key,
+            addresses: Vec::new(),
+            links: Vec::new(),
+            no_direct_path: Vec::new(),
+            ranges: Vec::new(),
+            claims: Vec::new(),
+            names: Vec::new(),
+            verifying_key: VerifyingKey::default(),
+            signature: Signature::default(),
+        }
+    }
+}
+
 /// The version of a record for comparison: a greater stamp is newer. Two records of one version
 /// differ only if a node lies or a disk was copied. The hash then makes all nodes prefer the same
 /// record, and comparing finds the difference.

@@ -113,8 +113,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
-    use crate::gossip::Signature;
-    use overnode_types::{PublicKey, VerifyingKey};
+    use overnode_types::PublicKey;
 
     fn id(id: usize) -> NodeId {
         NodeId::new(id as u16).unwrap()
@@ -126,23 +125,12 @@ mod tests {
         reports_link: impl Fn(usize, usize) -> bool,
     ) -> BTreeMap<NodeId, Record> {
         let record = |node: usize| Record {
-            id: id(node),
-            incarnation: 1,
             version: 1,
-            left: false,
-            nickname: String::new(),
-            public_key: PublicKey([0; 32]),
-            addresses: Vec::new(),
             links: (1..=count)
                 .filter(|other| *other != node && reports_link(node, *other))
                 .map(id)
                 .collect(),
-            no_direct_path: Vec::new(),
-            ranges: Vec::new(),
-            claims: Vec::new(),
-            names: Vec::new(),
-            verifying_key: VerifyingKey::default(),
-            signature: Signature::default(),
+            ..Record::blank(id(node), 1, String::new(), PublicKey([0; 32]))
         };
         (1..=count).map(|node| (id(node), record(node))).collect()
     }

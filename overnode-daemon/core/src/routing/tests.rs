@@ -5,7 +5,6 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::gossip::Signature;
 use overnode_types::{Network, PublicKey};
 
 const OWN: u16 = 1;
@@ -20,20 +19,11 @@ fn nets(texts: &[&str]) -> Vec<IpNet> {
 
 fn record(number: u16, ranges: &[&str], claims: &[&str]) -> Record {
     Record {
-        id: id(number),
-        incarnation: 10,
         version: 1,
-        left: false,
-        nickname: String::new(),
-        public_key: PublicKey([number as u8; 32]),
-        addresses: Vec::new(),
-        links: Vec::new(),
-        no_direct_path: Vec::new(),
         ranges: nets(ranges),
         claims: claims.iter().map(|text| text.parse().unwrap()).collect(),
-        names: Vec::new(),
         verifying_key: VerifyingKey([number as u8; 32]),
-        signature: Signature::default(),
+        ..Record::blank(id(number), 10, String::new(), PublicKey([number as u8; 32]))
     }
 }
 

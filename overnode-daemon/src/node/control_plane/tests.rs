@@ -9,8 +9,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::net::mesh::QueuedMessage;
 use crate::node::local::tests::local_node;
-use overnode_core::gossip::{Signature, Signer};
-use overnode_types::VerifyingKey;
+use overnode_core::gossip::Signer;
 
 struct Side {
     local: Arc<LocalNode>,
@@ -23,22 +22,8 @@ const STREAM: StreamId = StreamId(1);
 
 fn side(id: u16, now: Instant) -> Side {
     let local = local_node(id, now);
-    let own = Record {
-        id: local.id(),
-        incarnation: 1,
-        version: 0,
-        left: false,
-        nickname: local.identity.nickname.clone(),
-        public_key: local.public_key,
-        addresses: Vec::new(),
-        links: Vec::new(),
-        no_direct_path: Vec::new(),
-        ranges: Vec::new(),
-        claims: Vec::new(),
-        names: Vec::new(),
-        verifying_key: VerifyingKey::default(),
-        signature: Signature::default(),
-    };
+    let nickname = local.identity.nickname.clone();
+    let own = Record::blank(local.id(), 1, nickname, local.public_key);
     let random = || StdRng::seed_from_u64(id.into());
     let gossip = Gossip::new(own, Signer::new(&local.identity.seed), random(), now);
     let dialer = Dialer::new(local.id(), true, random());

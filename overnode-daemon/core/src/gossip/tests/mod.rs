@@ -57,21 +57,10 @@ fn gossip(own: Record, now: Instant) -> Gossip {
 }
 
 fn blank(number: u16, incarnation: u64) -> Record {
+    let nickname = format!("host{number}");
     Record {
-        id: id(number),
-        incarnation,
-        version: 0,
-        left: false,
-        nickname: format!("host{number}"),
-        public_key: signer(number).public_key(),
         addresses: vec![format!("192.0.2.{}:6783", number % 250).parse().unwrap()],
-        links: Vec::new(),
-        no_direct_path: Vec::new(),
-        ranges: Vec::new(),
-        claims: Vec::new(),
-        names: Vec::new(),
-        verifying_key: VerifyingKey::default(),
-        signature: Signature::default(),
+        ..Record::blank(id(number), incarnation, nickname, signer(number).public_key())
     }
 }
 
