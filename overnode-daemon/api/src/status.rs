@@ -368,7 +368,7 @@ pub enum ConnectionState {
 /// The status of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointStatus {
-    /// What attached it.
+    /// The program that attached it.
     #[serde(default)]
     pub kind: Kind,
     /// Its name. For a container of an engine, the container's name.

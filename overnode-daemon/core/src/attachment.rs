@@ -1,4 +1,4 @@
-//! What holds an address on this host, and the names of its interfaces.
+//! The attachments of this host: the holder of each address, and the names of its interfaces.
 
 use std::net::IpAddr;
 
@@ -24,7 +24,7 @@ pub struct EngineEndpoint {
 /// The holder of an address: a network namespace, a container of an engine, or the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
-    /// What attached it and will detach it.
+    /// The program that attached it and will detach it.
     pub owner: Owner,
     /// Its address.
     pub address: IpAddr,
@@ -46,7 +46,7 @@ pub struct Attachment {
     pub since: u64,
 }
 
-/// What attached something, and what only that knows of it.
+/// The program that attached something, with its own identifiers of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Owner {

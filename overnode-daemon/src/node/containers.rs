@@ -1,4 +1,4 @@
-//! What is attached to the network on this host: `attach` and `detach`, and containers that
+//! The attachments of this host: `attach` and `detach`, and containers that
 //! disappear on their own. `docker.rs` has the containers of a Docker engine.
 //!
 //! [`Containers`] keeps the attachments on disk and acts on the data plane and the allocation,

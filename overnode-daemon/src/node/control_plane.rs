@@ -1,5 +1,4 @@
-//! What this node knows of the cluster: gossip, the control connections that carry it, and the
-//! dialing of nodes.
+//! The control plane: gossip, the control connections that carry it, and the dialing of nodes.
 //!
 //! [`ControlPlane`] takes the events of the mesh and returns [`Effect`]s for the rest of the node.
 //! It owns no socket: an established connection is an [`Outbox`].

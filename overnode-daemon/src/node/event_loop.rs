@@ -136,7 +136,6 @@ impl Node {
             Input::Docker(event) => {
                 let Self { containers, data, addresses, .. } = self;
                 containers.handle_docker(event, &mut data.datapath, addresses, now).await;
-                self.pump(now).await;
             }
             Input::Bulk(message) => self.bulk.handle_message(message, &mut self.data, now),
             // Every turn checks the time anyway.
@@ -158,7 +157,7 @@ impl Node {
             self.containers.guard_sandboxes(&self.data.datapath, now).await;
             self.data.try_next_addresses(now).await;
             self.control.save_peers(&self.store, &self.data.routing, None);
-            self.follow_problems();
+            self.follow_problems(now);
         }
         if self.inputs.next_reconcile <= now {
             self.inputs.next_reconcile = now + RECONCILE;
@@ -385,8 +384,7 @@ impl Node {
     }
 
     /// Reports new and resolved problems to monitors.
-    fn follow_problems(&mut self) {
-        let now = Instant::now();
+    fn follow_problems(&mut self, now: Instant) {
         let unreclaimed = self.view().unreclaimed();
         self.problems.retain_unreclaimed(&unreclaimed);
         let present = self.view().all_problems(now);

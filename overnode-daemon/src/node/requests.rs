@@ -61,17 +61,17 @@ impl Daemon {
     /// Answers a request that needs no waiting.
     async fn handle(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
-            Request::Version(()) => return Ok(Reply::Version(self.version())),
-            Request::Launch(launch) => return self.launch(launch).await.map(Reply::Launch),
-            Request::Reset(reset) => return self.reset(reset, None).await.map(Reply::Reset),
-            _ => {}
+            Request::Version(()) => Ok(Reply::Version(self.version())),
+            Request::Reset(reset) => self.reset(reset, None).await.map(Reply::Reset),
+            request => {
+                let now = Instant::now();
+                let node = self.node()?;
+                let reply = node.handle_request(request, now).await;
+                // Carry out what the request has caused before it is answered.
+                node.pump(now).await;
+                reply
+            }
         }
-        let now = Instant::now();
-        let node = self.node()?;
-        let reply = node.handle_request(request, now).await;
-        // Carry out what the request has caused before it is answered.
-        node.pump(now).await;
-        reply
     }
 
     /// Answers the requests that have completed.

@@ -427,7 +427,7 @@ impl Ipam {
         title: Title,
         now: Instant,
     ) {
-        // What other nodes have heard matters only to the lender, which may have to outbid it. All
+        // Reports of other nodes matter only to the lender, which may have to outbid it. All
         // other nodes accept titles only from lenders.
         let is_possible = from.has_initial_quarter() || self.may_outbid(quarter, title.serial);
         if !is_possible

@@ -219,7 +219,7 @@ impl DataPlane {
     }
 
     /// Continues the sessions of an earlier daemon, and removes the peers that are not `wanted` any
-    /// more.
+    /// more. The caller reads the maps afterwards.
     pub(super) fn adopt_sessions(
         &mut self,
         pinned: Vec<PeerState>,
@@ -250,7 +250,6 @@ impl DataPlane {
                 );
             }
         }
-        self.read_maps(now);
     }
 
     /// Learns a node's new record. `remote` is the address of the control connection with the node.
