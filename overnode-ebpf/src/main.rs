@@ -9,9 +9,11 @@
 //! | `from_underlay_xdp` | underlay interface, XDP | the same |
 //! | `from_bulk` | TAP device of a bulk worker | delivers the packets that the worker opened |
 //! | `to_container` | host end of a container's veth, egress | drops what was not delivered |
+//! | `resolver_connect`, `resolver_sendmsg` | all sockets | redirect DNS queries to the node |
+//! | `resolver_recvmsg`, `resolver_getpeername` | all sockets | hide the redirection |
 //! | `aead_check` | nothing, tests run it | seals or opens a test vector |
 //!
-//! All others are attached to TC ingress.
+//! The programs for sockets are attached to the root control group, all others to TC ingress.
 #![cfg_attr(
     target_arch = "bpf",
     no_std,
@@ -28,15 +30,15 @@ mod program;
 
 #[cfg(target_arch = "bpf")]
 mod entry {
-    use aya_ebpf::macros::{classifier, xdp};
-    use aya_ebpf::programs::{TcContext, XdpContext};
+    use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
+    use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
     use overnode_ebpf::map::{
         PROGRAM_FROM_BULK, PROGRAM_FROM_CONTAINER, PROGRAM_FROM_UNDERLAY,
         PROGRAM_FROM_UNDERLAY_XDP, PROGRAM_SEAL, PROGRAM_TO_CONTAINER,
     };
 
     use crate::program::{
-        aead_check, finish, from_bulk, from_container, from_underlay, seal, to_container,
+        aead_check, finish, from_bulk, from_container, from_underlay, resolver, seal, to_container,
     };
 
     #[classifier]
@@ -73,6 +75,37 @@ mod entry {
     pub fn to_container(ctx: TcContext) -> i32 {
         let skb = ctx.skb.skb;
         finish::<PROGRAM_TO_CONTAINER>(skb, to_container::run(skb)) as i32
+    }
+
+    /// Lets the system call continue. Programs for sockets return nothing else.
+    const CONTINUE: i32 = 1;
+
+    #[cgroup_sock_addr(connect4)]
+    pub fn resolver_connect(ctx: SockAddrContext) -> i32 {
+        // SAFETY: the kernel passes a valid context to the program.
+        unsafe { resolver::redirect(ctx.sock_addr) };
+        CONTINUE
+    }
+
+    #[cgroup_sock_addr(sendmsg4)]
+    pub fn resolver_sendmsg(ctx: SockAddrContext) -> i32 {
+        // SAFETY: the kernel passes a valid context to the program.
+        unsafe { resolver::redirect(ctx.sock_addr) };
+        CONTINUE
+    }
+
+    #[cgroup_sock_addr(recvmsg4)]
+    pub fn resolver_recvmsg(ctx: SockAddrContext) -> i32 {
+        // SAFETY: the kernel passes a valid context to the program.
+        unsafe { resolver::restore(ctx.sock_addr) };
+        CONTINUE
+    }
+
+    #[cgroup_sock_addr(getpeername4)]
+    pub fn resolver_getpeername(ctx: SockAddrContext) -> i32 {
+        // SAFETY: the kernel passes a valid context to the program.
+        unsafe { resolver::restore(ctx.sock_addr) };
+        CONTINUE
     }
 
     #[classifier]

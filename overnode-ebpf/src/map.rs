@@ -35,6 +35,11 @@ macro_rules! for_each_map {
             SESSIONS: Array, u32 => Session, SESSION_SLOTS, Mapped, 1, "daemon, programs";
             /// Addresses of this host on its underlay. The value is unused.
             LOCAL_ADDRESSES: HashMap, Address => u32, LOCAL_ADDRESS_SLOTS, Unmapped, 1, "daemon";
+            /// Network namespaces whose DNS queries go to the node's server, by cookie
+            /// (`SO_NETNS_COOKIE`). The value is unused.
+            NAMED_NETNS: HashMap, u64 => u32, ENDPOINT_SLOTS, Unmapped, 1, "daemon";
+            /// The node's DNS server for these queries.
+            RESOLVER: Array, u32 => Resolver, 1, Unmapped, 1, "daemon";
             /// Packets, by [`Reason`](crate::reason::Reason).
             COUNTERS: PerCpuArray, u32 => u64, REASON_SLOTS, Unmapped, 1, "programs";
             /// Allowance for cookie replies, see [`COOKIE_ALLOWANCE`].
@@ -208,6 +213,28 @@ pub struct Config {
     /// BLAKE2s state for the first MAC of handshake messages to this node, from
     /// [`crate::mac1::keyed`].
     pub mac1: crate::mac1::State,
+}
+
+/// Address of an engine's own resolver in each of its containers (Docker:
+/// docs.docker.com/engine/network/#dns-services).
+pub const ENGINE_RESOLVER: [u8; 4] = [127, 0, 0, 11];
+/// UDP and TCP port of the node's DNS server for queries to [`ENGINE_RESOLVER`]. Queries to port 53
+/// are those that the container itself sends to the node.
+pub const RESOLVER_PORT: u16 = 1053;
+/// Mark (`SO_MARK`) of the daemon's own sockets to [`ENGINE_RESOLVER`], which are not redirected.
+pub const RESOLVER_MARK: u32 = 0x0000_6784;
+
+/// The node's DNS server, to which queries to [`ENGINE_RESOLVER`] are redirected.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resolver {
+    /// Boot time up to which queries are redirected, in nanoseconds. The daemon extends it while it
+    /// runs.
+    pub alive_until_ns: u64,
+    /// Its IPv4 address.
+    pub address: [u8; 4],
+    /// Padding to a multiple of 8 bytes.
+    pub unused: u32,
 }
 
 /// A container's attachment to this host. The key is the host end of its veth.
@@ -557,6 +584,8 @@ mod pod {
     unsafe impl aya::Pod for super::Address {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Resolver {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Endpoint {}
     // SAFETY: as above.

@@ -183,6 +183,8 @@ pub const fn checksum_offset(protocol: u8) -> usize {
 
 /// UDP port of probes, which nodes exchange inside the tunnel between their node addresses.
 pub const PROBE_PORT: u16 = 6784;
+/// Port of DNS servers, UDP and TCP (RFC 1035).
+pub const DNS_PORT: u16 = 53;
 /// Bytes after a probe's inner UDP header that reach the daemon. Any further bytes only pad the
 /// probe.
 pub const PROBE_LEN: usize = 28;

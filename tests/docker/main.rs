@@ -11,6 +11,7 @@ mod failures;
 mod life;
 mod load;
 mod monitor;
+mod names;
 mod protocol;
 mod support;
 
@@ -258,6 +259,24 @@ fn compose_services_of_two_hosts_reach_each_other() -> Result<()> {
         };
         find("beside")?;
         find("neighbor")?;
+        // So they do on all others, and with all replicas.
+        for name in ["web", "beside", "neighbor"] {
+            let ping = ["exec", "-T", "client", "ping", "-c", "1", "-W", "2", name];
+            eventually(TIMEOUT, || compose(two, &client, &ping).map(drop))?;
+        }
+        let replicas = |count: usize| -> Result<()> {
+            compose(one, &web, &["up", "-d", "--scale", &format!("beside={count}")])?;
+            // A change is to be seen within a second. Looking once takes some of it.
+            eventually(Duration::from_secs(3), || {
+                let look = ["exec", "-T", "client", "nslookup", "beside"];
+                let said = compose(two, &client, &look)?;
+                let found = said.lines().filter(|it| it.trim().starts_with("Address: 10.")).count();
+                ensure!(found == count, "{found} replicas instead of {count}: {said}");
+                Ok(())
+            })
+        };
+        replicas(3)?;
+        replicas(1)?;
         let names: Vec<String> = endpoints(lab.host(1))?
             .iter()
             .map(|it| it["name"].as_str().map(str::to_owned).context("an endpoint has no name"))

@@ -34,6 +34,7 @@ pub mod gateway;
 pub mod host;
 mod http;
 pub mod iperf;
+pub mod lookups;
 pub mod monitor;
 pub mod netns;
 pub mod parallel;

@@ -62,6 +62,12 @@ pub enum Owner {
         image: Option<String>,
         /// The endpoint that uses the address, once the engine has created it.
         endpoint: Option<EngineEndpoint>,
+        /// Further names of the container: its aliases and its service in a compose file.
+        #[serde(default)]
+        aliases: Vec<String>,
+        /// Whether its health check fails. Its names are not served then.
+        #[serde(default)]
+        is_unhealthy: bool,
     },
 }
 
@@ -97,6 +103,16 @@ impl Attachment {
             Owner::Docker { endpoint, .. } => endpoint.as_ref(),
             Owner::Netns | Owner::Host | Owner::Cni(_) => None,
         }
+    }
+
+    /// Returns the names under which it is to be found. A container whose health check fails has
+    /// none.
+    pub fn served_names(&self) -> impl Iterator<Item = &String> {
+        let (aliases, is_unhealthy): (&[String], bool) = match &self.owner {
+            Owner::Docker { aliases, is_unhealthy, .. } => (aliases, *is_unhealthy),
+            Owner::Netns | Owner::Host | Owner::Cni(_) => (&[], false),
+        };
+        self.name.iter().chain(aliases).filter(move |_| !is_unhealthy)
     }
 
     /// Returns the container runtime's identifiers.

@@ -7,6 +7,7 @@
 //! links/COOKIE/IFINDEX-PROGRAM       tcx and XDP links
 //! links/COOKIE/IFINDEX-PROGRAM-clsact   empty directory: a clsact filter is attached there
 //! links/COOKIE/IFINDEX-qdisc         empty directory: this node added the clsact qdisc there
+//! sockets/PROGRAM                    links of the programs for sockets
 //! ```
 //! COOKIE identifies the network namespace (`SO_NETNS_COOKIE`, Linux 5.14), because an interface
 //! index is only meaningful within one namespace.
@@ -162,8 +163,8 @@ impl Pins {
     fn make_directories(&self) -> Result<(), Untrusted> {
         self.check_bpffs()?;
         let (maps, links) = (self.maps(), self.links());
-        let all_links = self.root.join("links");
-        for directory in [&self.all, &self.root, &maps, &all_links, &links] {
+        let (all_links, sockets) = (self.root.join("links"), self.root.join("sockets"));
+        for directory in [&self.all, &self.root, &maps, &all_links, &links, &sockets] {
             make_private(directory)?;
         }
         Ok(())
@@ -194,6 +195,16 @@ impl Pins {
 
     fn links(&self) -> PathBuf {
         self.root.join("links").join(self.cookie.to_string())
+    }
+
+    /// Returns the pin of the link of a program for sockets.
+    pub(super) fn socket_link(&self, program: &str) -> PathBuf {
+        self.root.join("sockets").join(program)
+    }
+
+    /// Removes the link of a program for sockets, if there is one.
+    pub(super) fn remove_socket_link(&self, program: &str) -> io::Result<()> {
+        remove(&self.socket_link(program))
     }
 
     /// Returns the pin of a map. From version 2 of its layout on, the version is part of the name.
@@ -334,7 +345,7 @@ fn open_own(path: &Path) -> Result<File, Untrusted> {
 
 /// Returns the cookie of the network namespace (`SO_NETNS_COOKIE`). It is unique since boot, unlike
 /// the inode number of a namespace.
-fn netns_cookie() -> Result<u64> {
+pub(super) fn netns_cookie() -> Result<u64> {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0")
         .or_else(|_| std::net::UdpSocket::bind("[::1]:0"))
         .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))

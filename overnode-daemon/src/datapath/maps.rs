@@ -21,8 +21,8 @@ use aya::{Ebpf, Pod};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use overnode_ebpf::map::{
     Address, BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, ENDPOINT_SLOTS, Endpoint,
-    LOCAL_ADDRESS_SLOTS, MAPS, MapLayout, PEER_SLOTS, Peer, ROUTE_SLOTS, Route, SESSION_SLOTS,
-    Session,
+    LOCAL_ADDRESS_SLOTS, MAPS, MapLayout, PEER_SLOTS, Peer, ROUTE_SLOTS, Resolver, Route,
+    SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::Reason;
 
@@ -78,6 +78,8 @@ pub(super) struct Maps {
     endpoints: HashMap<MapData, u32, Endpoint>,
     routes: LpmTrie<MapData, Address, Route>,
     local_addresses: HashMap<MapData, Address, u32>,
+    named_netns: HashMap<MapData, u64, u32>,
+    resolver: Array<MapData, Resolver>,
     counters: PerCpuArray<MapData, u64>,
     /// `None` once a receiver has taken it.
     pub(super) probes: Option<RingBuf<MapData>>,
@@ -127,6 +129,8 @@ impl Maps {
             endpoints: take("ENDPOINTS")?.try_into()?,
             routes: take("ROUTES")?.try_into()?,
             local_addresses: take("LOCAL_ADDRESSES")?.try_into()?,
+            named_netns: take("NAMED_NETNS")?.try_into()?,
+            resolver: take("RESOLVER")?.try_into()?,
             counters: take("COUNTERS")?.try_into()?,
             probes: Some(take("PROBES")?.try_into()?),
             monitor: take("MONITOR")?.try_into()?,
@@ -190,6 +194,28 @@ impl Maps {
     pub(super) fn remove_route(&mut self, prefix: IpNet) -> Result<()> {
         ignore_missing(self.routes.remove(&key_of(prefix)))
             .with_context(|| format!("the route {prefix} cannot be removed"))
+    }
+
+    pub(super) fn add_named_netns(&mut self, cookie: u64) -> Result<()> {
+        self.named_netns.insert(cookie, 0, 0).context("NAMED_NETNS cannot be changed")
+    }
+
+    /// Removes all other cookies from `NAMED_NETNS`.
+    pub(super) fn keep_named_netns(&mut self, wanted: &BTreeSet<u64>) -> Result<()> {
+        let present = self
+            .named_netns
+            .keys()
+            .collect::<Result<Vec<_>, _>>()
+            .context("NAMED_NETNS cannot be read")?;
+        for cookie in present.iter().filter(|cookie| !wanted.contains(cookie)) {
+            ignore_missing(self.named_netns.remove(cookie))
+                .context("NAMED_NETNS cannot be changed")?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_resolver(&mut self, resolver: Resolver) -> Result<()> {
+        self.resolver.set(0, resolver, 0).context("RESOLVER cannot be written")
     }
 
     /// Makes `LOCAL_ADDRESSES` hold exactly the given addresses.

@@ -23,6 +23,7 @@ mod path;
 mod programs;
 mod receive_ring;
 mod reconcile;
+mod resolver;
 mod routes;
 mod session;
 mod teardown;
@@ -52,6 +53,7 @@ pub use self::path::{Probe, Probes};
 pub use self::programs::Hook;
 pub use self::receive_ring::{Origin, ReceiveRing};
 pub use self::reconcile::{KnownEndpoint, Lost};
+pub use self::resolver::NetnsCookie;
 pub use self::session::{PeerState, SessionState};
 pub use self::underlay::{UnderlayInterface, UnderlayStatus};
 pub use self::watch::LinkEvent;
@@ -109,6 +111,8 @@ pub struct Datapath {
     maps: Maps,
     pins: Pins,
     offload_veth: OffloadVeth,
+    /// Whether this process has attached the programs that redirect DNS queries.
+    redirects: bool,
     routes: RouteTable,
     /// Contents of `ROUTES`, also entries that this version cannot read.
     installed: BTreeMap<IpNet, Route>,
@@ -184,6 +188,7 @@ impl Datapath {
             maps,
             pins,
             offload_veth,
+            redirects: false,
         };
         datapath.write_config()?;
         datapath.refresh_host().await?;

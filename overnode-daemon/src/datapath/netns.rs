@@ -77,6 +77,18 @@ impl NetnsRef {
         !self.path().starts_with("/proc")
     }
 
+    /// Runs `work` on a thread that has entered the namespace.
+    ///
+    /// # Errors
+    /// Fails if the namespace cannot be entered, or with the error of `work`.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (namespace, _) = self.open()?;
+        inside(namespace, move || async move { work() }).await
+    }
+
     /// Returns its current identity.
     ///
     /// # Errors

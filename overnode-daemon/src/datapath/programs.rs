@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
@@ -9,7 +10,10 @@ use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
 };
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAttachType, Xdp};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, ProgramType, SchedClassifier,
+    TcAttachType, Xdp,
+};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
@@ -33,6 +37,10 @@ pub(super) const TO_CONTAINER: &str = "to_container";
 pub(super) const FROM_UNDERLAY: &str = "from_underlay";
 /// XDP version of [`FROM_UNDERLAY`].
 pub(super) const FROM_UNDERLAY_XDP: &str = "from_underlay_xdp";
+
+/// Programs for sockets that redirect DNS queries.
+const RESOLVER: [&str; 4] =
+    ["resolver_connect", "resolver_sendmsg", "resolver_recvmsg", "resolver_getpeername"];
 
 /// Priority and handle of clsact filters. The handle 0x6784 spells the port number 6784, so other
 /// software is unlikely to use it.
@@ -177,6 +185,50 @@ impl Programs {
         // holds numbers.
         std::mem::forget(program.take_link(id)?);
         Ok(())
+    }
+
+    /// Loads the programs that redirect DNS queries and attaches them to a control group, beside
+    /// those of others. Those that an earlier daemon attached are removed afterwards, so there is no
+    /// gap.
+    pub(super) fn attach_resolver(&mut self, cgroup: &OwnedFd, pins: &Pins) -> Result<()> {
+        for name in RESOLVER {
+            self.attach_socket_program(name, cgroup, pins).map_err(|error| {
+                anyhow!(
+                    "the program {name} cannot be attached to the root control group: {}",
+                    chain(&error)
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn attach_socket_program(
+        &mut self,
+        name: &str,
+        cgroup: &OwnedFd,
+        pins: &Pins,
+    ) -> Result<(), ProgramError> {
+        let program: &mut CgroupSockAddr =
+            self.ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
+        match program.load() {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => return Err(error),
+        }
+        // Links never exclude the programs of others, and the kernel refuses a mode that says so.
+        let id = program.attach(cgroup, CgroupAttachMode::Single)?;
+        let attached = FdLink::try_from(program.take_link(id)?).map_err(link_error)?;
+        pins.remove_socket_link(name)?;
+        attached
+            .pin(pins.socket_link(name))
+            .map(drop)
+            .map_err(|error| io::Error::other(error).into())
+    }
+
+    /// Detaches the programs that redirect DNS queries, if they are attached.
+    pub(super) fn detach_resolver(&self, pins: &Pins) -> Result<()> {
+        RESOLVER.iter().try_for_each(|name| pins.remove_socket_link(name)).context(
+            "the programs that redirect DNS queries cannot be detached from the control group",
+        )
     }
 
     /// Attaches the XDP program in native mode.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use overnode_ebpf::map::RESOLVER_PORT;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
@@ -13,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::PORT;
-use super::service::{Quota, Service, Step, Transport};
+use super::service::{Entrance, Quota, Service, Step, Transport};
 
 /// Longest query, in bytes. A longer UDP query is truncated, and a longer TCP query ends its
 /// connection.
@@ -31,17 +32,30 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sockets. They belong to the network namespace in which [`Sockets::open`] was called.
 pub struct Sockets {
+    /// For queries that containers send to the node.
+    node: Pair,
+    /// For queries to an engine's resolver that programs redirect.
+    engine: Pair,
+}
+
+struct Pair {
     udp: net::UdpSocket,
     tcp: net::TcpListener,
 }
 
 impl Sockets {
-    /// Opens UDP and TCP port 53.
+    /// Opens the UDP and TCP ports 53 and [`RESOLVER_PORT`].
     ///
     /// # Errors
     /// Returns the system's error.
     pub fn open(address: IpAddr) -> io::Result<Self> {
-        let address = SocketAddr::new(address, PORT);
+        Ok(Self { node: Pair::open(address, PORT)?, engine: Pair::open(address, RESOLVER_PORT)? })
+    }
+}
+
+impl Pair {
+    fn open(address: IpAddr, port: u16) -> io::Result<Self> {
+        let address = SocketAddr::new(address, port);
         let (udp, tcp) = (net::UdpSocket::bind(address)?, net::TcpListener::bind(address)?);
         udp.set_nonblocking(true)?;
         tcp.set_nonblocking(true)?;
@@ -85,16 +99,34 @@ impl Server {
 }
 
 async fn serve(service: Arc<Service>, sockets: Sockets, subnet: IpNet) -> io::Result<()> {
-    let udp = UdpSocket::from_std(sockets.udp)?;
-    let tcp = TcpListener::from_std(sockets.tcp)?;
+    tokio::try_join!(
+        serve_pair(service.clone(), sockets.node, subnet, Entrance::Node),
+        serve_pair(service, sockets.engine, subnet, Entrance::Engine),
+    )?;
+    Ok(())
+}
+
+async fn serve_pair(
+    service: Arc<Service>,
+    pair: Pair,
+    subnet: IpNet,
+    entrance: Entrance,
+) -> io::Result<()> {
+    let udp = UdpSocket::from_std(pair.udp)?;
+    let tcp = TcpListener::from_std(pair.tcp)?;
     tokio::join!(
-        serve_udp(service.clone(), Arc::new(udp), subnet),
-        serve_tcp(service, tcp, subnet)
+        serve_udp(service.clone(), Arc::new(udp), subnet, entrance),
+        serve_tcp(service, tcp, subnet, entrance)
     );
     Ok(())
 }
 
-async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet) {
+async fn serve_udp(
+    service: Arc<Service>,
+    socket: Arc<UdpSocket>,
+    subnet: IpNet,
+    entrance: Entrance,
+) {
     let mut tasks = JoinSet::new();
     let mut buffer = vec![0; MAX_QUERY];
     loop {
@@ -110,7 +142,8 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
         if !subnet.contains(&from.ip()) || from.port() == 0 {
             continue;
         }
-        match service.begin(buffer.get(..len).unwrap_or_default(), from.ip(), Transport::Udp) {
+        let query = buffer.get(..len).unwrap_or_default();
+        match service.begin(query, from.ip(), Transport::Udp, entrance) {
             Step::Ignore => {}
             // If the socket's buffer is full, the answer is lost, as on any network.
             Step::Send(bytes) => _ = socket.try_send_to(&bytes, from),
@@ -125,7 +158,12 @@ async fn serve_udp(service: Arc<Service>, socket: Arc<UdpSocket>, subnet: IpNet)
     }
 }
 
-async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) {
+async fn serve_tcp(
+    service: Arc<Service>,
+    listener: TcpListener,
+    subnet: IpNet,
+    entrance: Entrance,
+) {
     let quota = Quota::new(MAX_CONNECTIONS, MAX_CONNECTIONS_OF_ONE);
     let mut connections = JoinSet::new();
     loop {
@@ -144,7 +182,7 @@ async fn serve_tcp(service: Arc<Service>, listener: TcpListener, subnet: IpNet) 
         let service = service.clone();
         connections.spawn(async move {
             // The client sees the end of the connection, whatever the reason.
-            let _ = serve_connection(&service, stream, from.ip()).await;
+            let _ = serve_connection(&service, stream, from.ip(), entrance).await;
             drop(permit);
         });
     }
@@ -155,13 +193,14 @@ async fn serve_connection(
     service: &Service,
     mut stream: TcpStream,
     from: IpAddr,
+    entrance: Entrance,
 ) -> io::Result<()> {
     let mut buffer = vec![0; MAX_QUERY];
     for _ in 0..MAX_QUERIES_OF_CONNECTION {
         let len = usize::from(timeout(IO_TIMEOUT, stream.read_u16()).await??);
         let Some(query) = buffer.get_mut(..len) else { break };
         timeout(IO_TIMEOUT, stream.read_exact(query)).await??;
-        let answer = match service.begin(query, from, Transport::Tcp) {
+        let answer = match service.begin(query, from, Transport::Tcp, entrance) {
             Step::Ignore => break,
             Step::Send(bytes) => bytes,
             Step::Ask(pending) => service.finish(pending).await,

@@ -1,6 +1,6 @@
 //! Turns queries into answers, both as bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, ResponseCode};
 use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
 
+use super::engine;
 use super::upstream::{Flags, Upstream};
+use crate::datapath::NetnsRef;
 use overnode_core::names::directory::{Directory, Verdict};
 
 /// Maximum number of questions that wait for upstream resolvers.
@@ -19,7 +21,9 @@ const MAX_PENDING_OF_ONE: usize = 64;
 const MAX_UDP_BYTES: u16 = 1232;
 /// Longest UDP answer for a client that does not announce a size (RFC 1035), in bytes.
 const MIN_UDP_BYTES: u16 = 512;
-const HEADER_LEN: usize = 12;
+pub(super) const HEADER_LEN: usize = 12;
+/// Bits of the fourth byte of a header that hold the response code.
+const CODE_BITS: u8 = 0x0f;
 
 /// The transport on which a query arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +34,25 @@ pub enum Transport {
     Tcp,
 }
 
+/// The server that a query was sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// The container asked the node. Other names are asked from the host's resolvers.
+    Node,
+    /// The container asked its engine's resolver, and programs redirected the query. Other names
+    /// are asked from the engine's resolver.
+    Engine,
+}
+
+/// A container whose engine has a resolver of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// Its network namespace.
+    pub netns: NetnsRef,
+    /// Names in its networks of other drivers. The engine's resolver answers these.
+    pub engine_names: BTreeSet<String>,
+}
+
 /// What to do with a query.
 pub enum Step {
     /// Do nothing: it is not a query.
@@ -37,13 +60,19 @@ pub enum Step {
     /// Send this answer.
     Send(Vec<u8>),
     /// Ask the upstream resolvers with [`Service::finish`].
-    Ask(Pending),
+    Ask(Box<Pending>),
 }
 
 /// A query that waits for the upstream resolvers.
 pub struct Pending {
     query: Message,
     transport: Transport,
+    /// The query's bytes and the network namespace to ask the engine's resolver in. `None` asks the
+    /// host's resolvers.
+    engine: Option<(Vec<u8>, NetnsRef)>,
+    /// Whether "no such name" would not be the truth: a node that cannot be reached has announced
+    /// this name, or not all names are known yet.
+    is_in_doubt: bool,
     _permit: Permit,
 }
 
@@ -63,6 +92,7 @@ pub struct Counts {
 /// Answers queries.
 pub struct Service {
     directory: Mutex<Directory>,
+    clients: Mutex<BTreeMap<IpAddr, Client>>,
     upstream: Upstream,
     pending: Quota,
     queries: AtomicU64,
@@ -76,6 +106,7 @@ impl Service {
     pub fn new(directory: Directory, upstream: Upstream) -> Self {
         Self {
             directory: Mutex::new(directory),
+            clients: Mutex::default(),
             upstream,
             pending: Quota::new(MAX_PENDING, MAX_PENDING_OF_ONE),
             queries: AtomicU64::new(0),
@@ -88,6 +119,11 @@ impl Service {
     /// Locks the names.
     pub fn directory(&self) -> MutexGuard<'_, Directory> {
         self.directory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the containers whose engines have resolvers of their own, by address.
+    pub fn set_clients(&self, clients: BTreeMap<IpAddr, Client>) {
+        *self.clients.lock().unwrap_or_else(PoisonError::into_inner) = clients;
     }
 
     /// Returns the upstream resolvers.
@@ -107,7 +143,13 @@ impl Service {
     }
 
     /// Handles a query from a container.
-    pub fn begin(&self, bytes: &[u8], from: IpAddr, transport: Transport) -> Step {
+    pub fn begin(
+        &self,
+        bytes: &[u8],
+        from: IpAddr,
+        transport: Transport,
+        entrance: Entrance,
+    ) -> Step {
         let Some(header) = bytes.first_chunk::<HEADER_LEN>() else { return Step::Ignore };
         // Answering an answer could loop forever.
         if header[2] & 0x80 != 0 {
@@ -124,7 +166,24 @@ impl Service {
         let Some(question) = query.queries.first() else {
             return self.refuse(header, ResponseCode::FormErr);
         };
-        let verdict = self.directory().ask(question);
+        let bare = Directory::bare_name(question);
+        let client = match entrance {
+            Entrance::Node => None,
+            Entrance::Engine => {
+                let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+                // The interface is gone, or the programs redirect before the node knows the
+                // container. The client repeats the query.
+                let Some(client) = clients.get(&from) else { return Step::Ignore };
+                Some(client.clone())
+            }
+        };
+        let is_engines = bare.as_ref().is_some_and(|name| {
+            client.as_ref().is_some_and(|client| client.engine_names.contains(name))
+        });
+        let mut directory = self.directory();
+        let verdict = if is_engines { Verdict::Upstream } else { directory.ask(question) };
+        let is_in_doubt = bare.is_some_and(|name| directory.is_in_doubt(&name)) && !is_engines;
+        drop(directory);
         match verdict {
             Verdict::Answer(answer) => {
                 let mut reply = reply_to(&query, answer.code);
@@ -135,7 +194,11 @@ impl Service {
             }
             Verdict::Upstream => {
                 match self.pending.acquire(from).filter(|_| query.metadata.recursion_desired) {
-                    Some(permit) => Step::Ask(Pending { query, transport, _permit: permit }),
+                    Some(_permit) => {
+                        let engine = client.map(|client| (bytes.to_vec(), client.netns));
+                        let pending = Pending { query, transport, engine, is_in_doubt, _permit };
+                        Step::Ask(Box::new(pending))
+                    }
                     None => self.refuse(header, ResponseCode::Refused),
                 }
             }
@@ -143,9 +206,18 @@ impl Service {
     }
 
     /// Asks the upstream resolvers and returns the answer.
-    pub async fn finish(&self, pending: Pending) -> Vec<u8> {
-        let query = &pending.query;
+    pub async fn finish(&self, pending: Box<Pending>) -> Vec<u8> {
         self.forwarded.fetch_add(1, Ordering::Relaxed);
+        if let Some((bytes, netns)) = &pending.engine {
+            return match engine::ask(netns, bytes, pending.transport).await {
+                Ok(answer) => doubt(answer, pending.is_in_doubt),
+                Err(error) => {
+                    tracing::debug!("the engine's resolver in {netns} does not answer: {error:#}");
+                    self.conclude(pending, Err(ResponseCode::ServFail))
+                }
+            };
+        }
+        let query = &pending.query;
         let flags = Flags {
             dnssec_ok: query.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),
             checking_disabled: query.metadata.checking_disabled,
@@ -156,8 +228,8 @@ impl Service {
     }
 
     /// Returns the answer, given the upstream reply or the code to answer with.
-    pub fn conclude(&self, pending: Pending, found: Result<Message, ResponseCode>) -> Vec<u8> {
-        let Pending { query, transport, _permit } = pending;
+    pub fn conclude(&self, pending: Box<Pending>, found: Result<Message, ResponseCode>) -> Vec<u8> {
+        let Pending { query, transport, is_in_doubt, .. } = *pending;
         let reply = match found {
             Ok(found) => {
                 let mut reply = reply_to(&query, found.metadata.response_code);
@@ -175,13 +247,24 @@ impl Service {
                 reply_to(&query, code)
             }
         };
-        encode(reply, &query, transport)
+        doubt(encode(reply, &query, transport), is_in_doubt)
     }
 
     fn refuse(&self, header: &[u8; HEADER_LEN], code: ResponseCode) -> Step {
         self.refused.fetch_add(1, Ordering::Relaxed);
         Step::Send(header_only(header, code))
     }
+}
+
+/// Turns "no such name" into "server failure" if the name is in doubt.
+fn doubt(mut answer: Vec<u8>, is_in_doubt: bool) -> Vec<u8> {
+    if let Some(code) = answer.get_mut(3)
+        && is_in_doubt
+        && *code & CODE_BITS == ResponseCode::NXDomain.low()
+    {
+        *code = *code & !CODE_BITS | ResponseCode::ServFail.low();
+    }
+    answer
 }
 
 /// Parses a query with one question.

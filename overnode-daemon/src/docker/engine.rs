@@ -5,12 +5,13 @@
 //! The paths of the API (docs.docker.com/reference/api/engine) contain no version, so the engine
 //! uses its newest one.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Bytes;
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{Method, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
@@ -24,7 +25,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::NAME;
 use overnode_core::docker::report::{
-    ListedContainer, ListedNetwork, Report, Version, is_default, too_old,
+    Details, ListedContainer, ListedNetwork, Report, Version, is_default, our_networks, too_old,
+    with_details,
 };
 use overnode_types::text::reason;
 
@@ -38,6 +40,10 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay of the first report after a container has joined: the engine lists it a moment later.
 const REPORT_DELAY: Duration = Duration::from_millis(100);
+/// The engine's stream of events, without those of health checks that change nothing.
+const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%2C\
+                      %22event%22%3A%5B%22start%22%2C%22die%22%2C%22rename%22%2C%22health_status\
+                      %22%2C%22connect%22%2C%22disconnect%22%5D%7D";
 
 /// An order to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +104,7 @@ pub(super) async fn watch(
     mut orders: mpsc::UnboundedReceiver<Order>,
     events: mpsc::Sender<EngineEvent>,
 ) {
-    let engine = Engine { socket };
+    let mut engine = Engine { socket, details: BTreeMap::new() };
     let mut wanted_subnet: Option<IpNet> = None;
     let mut retry_at = Instant::now();
     let mut report_at = Instant::now();
@@ -153,15 +159,74 @@ pub(super) async fn watch(
     }
 }
 
+/// Orders a report whenever a container or its membership in networks changes, as the engine's
+/// stream of events tells.
+pub(super) async fn follow_events(socket: PathBuf, orders: mpsc::UnboundedSender<Order>) {
+    loop {
+        if let Err(why) = stream_events(&socket, &orders).await {
+            tracing::debug!("the engine's events cannot be read: {why:#}");
+        }
+        // Events may have been missed.
+        if orders.send(Order::Look { again: false }).is_err() {
+            return;
+        }
+        tokio::time::sleep(RETRY_INTERVAL).await;
+    }
+}
+
+async fn stream_events(socket: &Path, orders: &mpsc::UnboundedSender<Order>) -> anyhow::Result<()> {
+    let (mut sender, _connection) = connect(socket).await?;
+    let request = request(Method::GET, EVENTS, Bytes::new())?;
+    let response = timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??;
+    anyhow::ensure!(response.status().is_success(), "its answer is {}", response.status());
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        // Whatever has happened, the next report shows it.
+        frame?;
+        orders.send(Order::Look { again: false })?;
+    }
+    Ok(())
+}
+
 struct Engine {
     socket: PathBuf,
+    /// Details of containers by ID, each with the endpoints that the container had at the time.
+    details: BTreeMap<String, (Vec<String>, Details)>,
 }
 
 impl Engine {
-    async fn report(&self) -> Result<Report, EngineError> {
+    async fn report(&mut self) -> Result<Report, EngineError> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
         let networks = self.remove_duplicates(self.get("/networks").await?).await?;
-        Ok(Report::of(containers, networks))
+        let details = self.details_of(&containers, &our_networks(&networks)).await?;
+        let report = Report::of(containers, networks, &details);
+        Ok(report)
+    }
+
+    /// Asks for the details of new containers.
+    async fn details_of(
+        &mut self,
+        containers: &[ListedContainer],
+        ours: &BTreeSet<String>,
+    ) -> Result<BTreeMap<String, Details>, EngineError> {
+        let wanted = with_details(containers, ours);
+        self.details.retain(|id, _| wanted.contains(id));
+        for listed in containers.iter().filter(|listed| wanted.iter().any(|id| id == listed.id())) {
+            let endpoints = listed.endpoint_ids();
+            if self.details.get(listed.id()).is_some_and(|(known, _)| *known == endpoints) {
+                continue;
+            }
+            match self.get(&format!("/containers/{}/json", listed.id())).await {
+                Ok(details) => {
+                    _ = self.details.insert(listed.id().to_owned(), (endpoints, details))
+                }
+                // The container has ended in the meantime.
+                Err(EngineError::Refused(why)) => tracing::debug!("{why}"),
+                Err(absent) => return Err(absent),
+            }
+        }
+        let known = self.details.iter().map(|(id, (_, details))| (id.clone(), details.clone()));
+        Ok(known.collect())
     }
 
     /// Removes surplus default networks and returns the networks that remain. If creating the
@@ -297,26 +362,38 @@ async fn exchange(
     path: &str,
     body: Option<&serde_json::Value>,
 ) -> anyhow::Result<(StatusCode, Bytes)> {
-    let stream = UnixStream::connect(socket).await?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // The set aborts the task when this function returns or is canceled.
-    let mut driver = JoinSet::new();
-    driver.spawn(connection);
+    let (mut sender, _connection) = connect(socket).await?;
     let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
-    let request = hyper::Request::builder()
-        .method(method)
-        .uri(path)
-        .header(header::HOST, "docker")
-        .header(header::CONTENT_TYPE, "application/json")
-        .header(header::CONNECTION, "close")
-        .body(Full::new(Bytes::from(bytes)))?;
-    let response = sender.send_request(request).await?;
+    let response = sender.send_request(request(method, path, bytes.into())?).await?;
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_LIMIT)
         .collect()
         .await
         .map_err(|why| anyhow::anyhow!("the answer could not be read: {why}"))?;
     Ok((status, body.to_bytes()))
+}
+
+/// Connects to the engine. Dropping the set ends the connection.
+async fn connect(socket: &Path) -> anyhow::Result<(SendRequest<Full<Bytes>>, JoinSet<()>)> {
+    let stream = UnixStream::connect(socket).await?;
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let mut driver = JoinSet::new();
+    driver.spawn(async { _ = connection.await });
+    Ok((sender, driver))
+}
+
+fn request(
+    method: Method,
+    path: &str,
+    body: Bytes,
+) -> Result<hyper::Request<Full<Bytes>>, hyper::http::Error> {
+    hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "docker")
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::CONNECTION, "close")
+        .body(Full::new(body))
 }
 
 /// Creates the error for a refusal by the engine, with the engine's own message.

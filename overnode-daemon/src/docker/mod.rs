@@ -49,7 +49,7 @@ pub struct Service {
     /// The inode number of the socket's file; 0 if there is none.
     bound: Arc<AtomicU64>,
     orders: mpsc::UnboundedSender<Order>,
-    tasks: [JoinHandle<()>; 2],
+    tasks: [JoinHandle<()>; 3],
 }
 
 /// The channels on which the engine's requests and the results of orders arrive.
@@ -92,6 +92,7 @@ impl Service {
         let tasks = [
             tokio::spawn(server::serve(socket.clone(), Arc::clone(&bound), call, events.clone())),
             tokio::spawn(engine::watch(paths.engine.clone(), ordered, events)),
+            tokio::spawn(engine::follow_events(paths.engine.clone(), orders.clone())),
         ];
         (Self { socket, bound, orders, tasks }, Incoming { calls, news })
     }

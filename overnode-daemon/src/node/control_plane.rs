@@ -37,6 +37,8 @@ pub(super) struct ControlPlane {
     live_nodes: LiveNodes,
     /// Whether each node is reachable, and since when.
     reachable: BTreeMap<NodeId, (bool, Instant)>,
+    /// Nodes that ended their last connection themselves, and when.
+    closed_by_peer: BTreeMap<NodeId, Instant>,
     /// Nodes whose records are newer than those on disk.
     unsaved: BTreeSet<NodeId>,
     /// Nodes whose records are new and not yet passed to the other parts of the node.
@@ -98,6 +100,7 @@ impl ControlPlane {
             streams: BTreeMap::new(),
             live_nodes,
             reachable: BTreeMap::new(),
+            closed_by_peer: BTreeMap::new(),
             unsaved: BTreeSet::new(),
             unprocessed_records: BTreeSet::new(),
             paths_changed: true,
@@ -142,7 +145,14 @@ impl ControlPlane {
                 }
             }
             MeshEvent::Closed(id, why) if why.is_misconduct() => self.cut_off(id, &why, now),
-            MeshEvent::Closed(id, why) => self.close(id, &why.to_string(), now),
+            MeshEvent::Closed(id, why) => {
+                if let Some(stream) = self.streams.get(&id)
+                    && why.is_closed_by_peer()
+                {
+                    self.closed_by_peer.insert(stream.peer, now);
+                }
+                self.close(id, &why.to_string(), now);
+            }
             MeshEvent::Resolved(attempt, addresses) => {
                 self.dialer.handle_resolved(attempt, &addresses)
             }
@@ -485,6 +495,12 @@ impl ControlPlane {
     /// Returns the address at the other end of the connection with a node.
     pub(super) fn remote_of(&self, id: NodeId) -> Option<IpAddr> {
         self.stream_to(id).map(|stream| stream.remote.ip())
+    }
+
+    /// Returns the nodes that have ended their connections themselves since `then`. Their daemons
+    /// restart, while packets still reach their containers.
+    pub(super) fn closed_by_peer_since(&self, then: Instant) -> impl Iterator<Item = NodeId> {
+        self.closed_by_peer.iter().filter(move |(_, at)| **at >= then).map(|(id, _)| *id)
     }
 
     /// Returns the round-trip time of the connection with a node.

@@ -17,7 +17,7 @@ use super::data_plane::{self, DataPlane, PeerEvent};
 use super::inputs::{Input, Inputs, SHARE_TIME, SHARES};
 use super::local::LocalNode;
 use super::monitor::Monitor;
-use super::names::Names;
+use super::names::{self, Names};
 use super::problems::Problems;
 use super::requests::Outcome;
 use super::view::View;
@@ -88,6 +88,7 @@ impl Node {
             self.data.poll_timeout(),
             self.addresses.poll_timeout(),
             self.bulk.poll_timeout(),
+            self.containers.poll_timeout(),
         ];
         timeouts.into_iter().flatten().fold(self.inputs.next_tick, Instant::min)
     }
@@ -154,10 +155,15 @@ impl Node {
             self.read_maps(now);
             self.bulk.update_peers(&self.data, now);
             self.watch_drops();
-            self.containers.guard_sandboxes(&self.data.datapath, now).await;
+            self.follow_sandboxes(now).await;
+            self.confirm_resolver();
+            self.update_names(now);
             self.data.try_next_addresses(now).await;
             self.control.save_peers(&self.store, &self.data.routing, None);
             self.follow_problems(now);
+        }
+        if self.containers.poll_timeout().is_some_and(|at| at <= now) {
+            self.follow_sandboxes(now).await;
         }
         if self.inputs.next_reconcile <= now {
             self.inputs.next_reconcile = now + RECONCILE;
@@ -348,6 +354,7 @@ impl Node {
     }
 
     pub(super) fn announce_names(&mut self, now: Instant) {
+        self.names.set_clients(self.containers.dns_clients());
         self.names.announce(&mut self.control.gossip, &self.addresses.ipam, now);
     }
 
@@ -360,8 +367,26 @@ impl Node {
         let has_route = |id: &NodeId| {
             !matches!(self.data.relay_routes.route(*id), Some((Route::Unreachable, _)))
         };
-        let reachable = self.control.gossip.paths().keys().copied().filter(has_route);
-        self.names.set_paths(reachable, &self.control.in_step(), now);
+        let connected = self.control.gossip.paths().keys().copied().filter(has_route);
+        // A daemon that restarts answers neither probes nor dials, but packets pass.
+        let since = now.checked_sub(names::RESTART).unwrap_or(now);
+        let restarting = self.control.closed_by_peer_since(since);
+        let reached = restarting.chain(self.data.reached_directly()).collect();
+        self.names.set_paths(connected.collect(), reached, &self.control.in_step(), now);
+    }
+
+    async fn follow_sandboxes(&mut self, now: Instant) {
+        let serves_names = self.names.is_serving();
+        self.containers.follow_sandboxes(&mut self.data.datapath, serves_names, now).await;
+    }
+
+    /// Keeps DNS queries of containers redirected while the server runs.
+    fn confirm_resolver(&mut self) {
+        if let Some(address) = self.names.resolver()
+            && let Err(error) = self.data.datapath.confirm_resolver(address)
+        {
+            tracing::warn!("{error:#}");
+        }
     }
 
     /// Passes what the eBPF programs have observed to the handshakes.
@@ -401,7 +426,7 @@ impl Node {
     /// containers that end at the same time cause one cleanup.
     async fn handle_interfaces(&mut self, event: LinkEvent, now: Instant) {
         // An engine may have moved an interface into its container.
-        self.containers.guard_sandboxes(&self.data.datapath, now).await;
+        self.follow_sandboxes(now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
         while let Some(event) = next {

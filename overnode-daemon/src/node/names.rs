@@ -2,7 +2,7 @@
 //! server for containers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::datapath::{self, Datapath, KnownEndpoint, OwnNetns};
 use crate::dns::server::Sockets;
 use crate::dns::{self, Server, Service, Upstream};
 use crate::store::Store;
-use overnode_core::attachment::{Attachment, host_interface};
+use overnode_core::attachment::host_interface;
 use overnode_core::gossip::{Gossip, MAX_NAMES, NAME_BYTES, Record};
 use overnode_core::ipam::Ipam;
 use overnode_core::names::{self, Directory, Zone};
@@ -27,6 +27,9 @@ use overnode_types::name::{self, Domain, Named};
 /// How long a node must have been reachable before its names are served, so that changes of its
 /// names can arrive.
 const SERVED_AFTER: Duration = Duration::from_millis(900);
+/// How long the names of a node are served whose daemon, or this node's own one, restarts. Packets
+/// reach its containers all that time.
+pub(super) const RESTART: Duration = Duration::from_secs(10);
 /// Maximum number of addresses in one request.
 const MAX_ADDRESSES: usize = 64;
 
@@ -38,8 +41,14 @@ pub(super) struct Names {
     address: IpAddr,
     wanted: bool,
     service: Arc<Service>,
-    /// Nodes that packets can reach, and since when.
-    present: BTreeMap<NodeId, Instant>,
+    /// Nodes that gossip and packets can reach, and since when.
+    connected: BTreeMap<NodeId, Instant>,
+    /// Nodes whose names are served.
+    served: BTreeSet<NodeId>,
+    /// Nodes that an earlier daemon knew. They count as reachable until [`RESTART`] has passed.
+    continued: Option<(BTreeSet<NodeId>, Instant)>,
+    /// Until when names may exist that this node has not learned yet. `None` once it knows all.
+    incomplete_until: Option<Instant>,
     server: Option<NamesServer>,
     /// Why there is no server although one is wanted.
     problem: Option<String>,
@@ -61,7 +70,8 @@ impl Names {
             [chosen, names::ALIAS].iter().filter_map(|text| Domain::new(text).ok()).collect();
         domains.dedup();
         let subnet = identity.network.subnet;
-        let directory = Directory::new(domains.clone(), subnet, Zone::new(StdRng::from_os_rng()));
+        let directory =
+            Directory::new(domains.clone(), subnet, Zone::new(local.id(), StdRng::from_os_rng()));
         let upstream = Upstream::new(Path::new(dns::RESOLV_CONF), address, subnet);
         let service = Arc::new(Service::new(directory, upstream));
         Self {
@@ -70,7 +80,10 @@ impl Names {
             wanted: identity.dns,
             store,
             service,
-            present: BTreeMap::new(),
+            connected: BTreeMap::new(),
+            served: BTreeSet::new(),
+            continued: None,
+            incomplete_until: None,
             server: None,
             problem: None,
             too_many: None,
@@ -81,6 +94,24 @@ impl Names {
     /// Learns the names that a node announces.
     pub(super) fn learn(&self, record: &Record) {
         self.service.directory().zone_mut().set_names(record.id, &record.names);
+    }
+
+    /// Returns whether the server runs.
+    pub(super) fn is_serving(&self) -> bool {
+        self.server.is_some()
+    }
+
+    /// Returns the address of the server for queries of containers, if it runs.
+    pub(super) fn resolver(&self) -> Option<Ipv4Addr> {
+        match self.address {
+            IpAddr::V4(v4) if self.is_serving() => Some(v4),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        }
+    }
+
+    /// Sets the containers whose queries are redirected to the node.
+    pub(super) fn set_clients(&self, clients: BTreeMap<IpAddr, dns::Client>) {
+        self.service.set_clients(clients);
     }
 
     /// Returns the server's endpoint, so that the data plane does not remove it as unknown.
@@ -196,45 +227,66 @@ impl Names {
     /// Returns the names of this node's containers and the names that were added.
     fn own_names(&self, ipam: &Ipam) -> Result<Vec<Named>, ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        let of_container = |it: &Attachment| {
-            let name = name::relative(it.name.as_deref()?, &self.domains).ok()?;
-            // If another node keeps the address, the name would lead to a stranger.
-            if ipam.keeper(it.address).is_some() {
-                return None;
-            }
-            Some(Named { name, address: it.address })
+        let named = |name: &String, address| {
+            Some(Named { name: name::relative(name, &self.domains).ok()?, address })
         };
-        let mut names: BTreeSet<Named> = attachments.iter().filter_map(of_container).collect();
+        // If another node keeps the address, the name would lead to a stranger.
+        let kept = attachments.iter().filter(|it| ipam.keeper(it.address).is_none());
+        let of_containers =
+            kept.flat_map(|it| it.served_names().filter_map(|name| named(name, it.address)));
+        let mut names: BTreeSet<Named> = of_containers.collect();
         names.extend(self.store.names().map_err(ApiError::failed)?);
         Ok(names.into_iter().collect())
     }
 
-    /// Serves the names of a node while packets can reach the node and its names have been
-    /// confirmed since then. A name that was removed during a partition must not reappear, not even
-    /// until the news arrives.
+    /// Continues to serve the names of these nodes, which an earlier daemon has learned. Others may
+    /// have names that this node does not know yet.
+    pub(super) fn continue_nodes(&mut self, nodes: BTreeSet<NodeId>, now: Instant) {
+        self.incomplete_until = Some(now + RESTART);
+        self.served.clone_from(&nodes);
+        self.continued = Some((nodes, now + RESTART));
+    }
+
+    /// Serves the names of a node once the node is connected, packets can reach it and its names
+    /// have been confirmed since then. A name that was removed during a partition must not
+    /// reappear, not even until the news arrives. Names that are served remain so for as long as
+    /// packets reach the node.
     ///
-    /// `reachable` are the nodes that packets can reach. `in_step` tells up to when everything that
-    /// a neighbor sent has arrived; see [`ControlPlane::in_step`](super::ControlPlane::in_step).
+    /// `connected` are the nodes that gossip and packets can reach, `reached` those that packets
+    /// reach, whatever gossip does. `in_step` tells up to when everything that a neighbor sent has
+    /// arrived; see [`ControlPlane::in_step`](super::ControlPlane::in_step).
     pub(super) fn set_paths(
         &mut self,
-        reachable: impl Iterator<Item = NodeId>,
+        connected: BTreeSet<NodeId>,
+        mut reached: BTreeSet<NodeId>,
         in_step: &BTreeMap<NodeId, Option<Instant>>,
         now: Instant,
     ) {
-        let since = |id: &NodeId| self.present.get(id).copied().unwrap_or(now);
-        let present: BTreeMap<NodeId, Instant> = reachable.map(|id| (id, since(&id))).collect();
+        self.continued.take_if(|(_, until)| now >= *until);
+        reached.extend(self.continued.iter().flat_map(|(nodes, _)| nodes));
+        reached.extend(&connected);
+        let since = |id: &NodeId| self.connected.get(id).copied().unwrap_or(now);
+        let connected: BTreeMap<NodeId, Instant> =
+            connected.into_iter().map(|id| (id, since(&id))).collect();
         // A neighbor's records precede its answer to a ping. The records of other nodes come with
         // the records of their connections.
         let is_confirmed = |id: &NodeId, since: Instant| {
             in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
         };
-        let served = present
+        let confirmed = connected
             .iter()
             .filter(|(id, since)| now >= **since + SERVED_AFTER && is_confirmed(id, **since));
-        let mut served: BTreeSet<NodeId> = served.map(|(id, _)| *id).collect();
+        let mut served: BTreeSet<NodeId> = confirmed.map(|(id, _)| *id).collect();
+        served.extend(self.served.intersection(&reached));
         served.insert(self.local.id());
-        self.present = present;
-        self.service.directory().zone_mut().set_reachable(served);
+        // One neighbor has told all that it knows.
+        let is_told = in_step.values().any(Option::is_some);
+        self.incomplete_until = self.incomplete_until.filter(|until| now < *until && !is_told);
+        self.connected = connected;
+        self.served.clone_from(&served);
+        let mut directory = self.service.directory();
+        directory.zone_mut().set_served(served);
+        directory.zone_mut().set_incomplete(self.incomplete_until.is_some());
     }
 
     /// Adds addresses to a name. The caller announces the names afterwards.

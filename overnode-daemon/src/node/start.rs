@@ -37,6 +37,7 @@ use overnode_core::gossip::{Gossip, Record, Signer};
 use overnode_core::handshake::Handshakes;
 use overnode_core::ipam::{Ipam, Layout};
 use overnode_core::routing::Routing;
+use overnode_types::NodeId;
 
 /// The sockets that the node is reached at.
 struct Ports {
@@ -151,6 +152,11 @@ impl Node {
     fn load_names(&mut self, now: Instant) {
         for record in self.control.gossip.records() {
             self.names.learn(record);
+        }
+        let others = self.control.gossip.records().filter(|record| !record.left);
+        let others: BTreeSet<NodeId> = others.map(|record| record.id).collect();
+        if others.len() > 1 || !self.control.dialer.target_status().is_empty() {
+            self.names.continue_nodes(others, now);
         }
         self.announce_names(now);
         // The own record may not be published yet, but its names are known here.

@@ -9,8 +9,8 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
     BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS,
-    Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Route,
-    SESSION_SLOTS, Session,
+    Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Resolver,
+    Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -234,6 +234,18 @@ pub fn session(slot: u32) -> Option<*mut Session> {
 pub fn is_local(address: &Words) -> bool {
     // SAFETY: same size and alignment, and all bit patterns are valid addresses.
     LOCAL_ADDRESSES.get_ptr(unsafe { &*address.as_ptr().cast::<Address>() }).is_some()
+}
+
+/// Returns true if DNS queries of this network namespace go to the node's server.
+#[inline(always)]
+pub fn is_named(netns: u64) -> bool {
+    NAMED_NETNS.get_ptr(netns).is_some()
+}
+
+/// Returns the node's DNS server.
+#[inline(always)]
+pub fn resolver() -> Option<Resolver> {
+    RESOLVER.get(0).copied()
 }
 
 /// Returns the boot time in nanoseconds, including suspend.

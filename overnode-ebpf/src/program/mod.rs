@@ -27,6 +27,7 @@ pub mod partial_checksum;
 pub mod receive_ring;
 pub mod record;
 pub mod relay;
+pub mod resolver;
 pub mod seal;
 pub mod tailroom;
 pub mod to_container;

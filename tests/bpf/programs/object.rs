@@ -36,6 +36,10 @@ fn every_program_fits_the_verifier_budget() {
                 "from_container",
                 "from_underlay",
                 "from_underlay_xdp",
+                "resolver_connect",
+                "resolver_getpeername",
+                "resolver_recvmsg",
+                "resolver_sendmsg",
                 "seal",
                 "to_container"
             ]
@@ -57,6 +61,10 @@ fn two_frames_fit_the_stack_of_old_kernels() {
         "from_underlay",
         "from_underlay_xdp",
         "to_container",
+        "resolver_connect",
+        "resolver_sendmsg",
+        "resolver_recvmsg",
+        "resolver_getpeername",
         "aead_check",
     ];
     let deepest = |entry: bool| {

@@ -145,6 +145,10 @@ pub(crate) const ALL: &[&str] = &[
     "from_underlay_xdp",
     "from_bulk",
     "to_container",
+    "resolver_connect",
+    "resolver_sendmsg",
+    "resolver_recvmsg",
+    "resolver_getpeername",
     "aead_check",
 ];
 /// The programs that packets run through.
@@ -162,6 +166,7 @@ pub(crate) fn load(debug: u8, names: &[&str]) -> Ebpf {
         let loaded = match program {
             Program::SchedClassifier(program) => program.load(),
             Program::Xdp(program) => program.load(),
+            Program::CgroupSockAddr(program) => program.load(),
             _ => panic!("{name} has an unexpected program type"),
         };
         loaded.unwrap_or_else(|error| panic!("the kernel rejects {name}: {error:?}"));

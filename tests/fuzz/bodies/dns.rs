@@ -10,7 +10,7 @@ use hickory_proto::rr::{Name, RData, Record, RecordType, rdata};
 use overnode_core::names::zone::MAX_ANSWERS;
 use overnode_core::names::{Directory, Zone};
 use overnode_daemon::dns::Upstream;
-use overnode_daemon::dns::service::{Pending, Service, Step, Transport};
+use overnode_daemon::dns::service::{Entrance, Pending, Service, Step, Transport};
 use overnode_types::name::Named;
 use overnode_types::name::{Domain, is_relative, relative};
 use overnode_types::{Network, NodeId};
@@ -38,7 +38,7 @@ pub(crate) fn run(data: &[u8]) {
 fn query(bytes: &[u8], transport: Transport) {
     let service = service();
     let before = service.counts();
-    let step = service.begin(bytes, FROM, transport);
+    let step = service.begin(bytes, FROM, transport, Entrance::Node);
     let after = service.counts();
     let counted = after.queries + after.refused - before.queries - before.refused;
     let sent = match step {
@@ -64,7 +64,7 @@ fn check_reply(service: &Service, sent: &[u8], query: &[u8], transport: Transpor
     assert!((HEADER..=most).contains(&sent.len()), "{} bytes, {most} fit", sent.len());
     assert_eq!(sent[..2], query[..2], "the reply has a different ID");
     assert!(
-        matches!(service.begin(sent, FROM, transport), Step::Ignore),
+        matches!(service.begin(sent, FROM, transport, Entrance::Node), Step::Ignore),
         "the reply could be answered in turn"
     );
     let reply = Message::from_vec(sent).expect("a reply can be parsed");
@@ -96,8 +96,8 @@ fn answer(input: &mut Input<'_>) {
     }
 }
 
-fn pending(service: &Service, query: &[u8], transport: Transport) -> Option<Pending> {
-    match service.begin(query, FROM, transport) {
+fn pending(service: &Service, query: &[u8], transport: Transport) -> Option<Box<Pending>> {
+    match service.begin(query, FROM, transport, Entrance::Node) {
         Step::Ask(pending) => Some(pending),
         Step::Ignore | Step::Send(_) => None,
     }
@@ -119,8 +119,8 @@ fn name(bytes: &[u8]) {
 
 /// Returns a service with a hundred addresses for one name, and without upstream resolvers.
 fn service() -> Service {
-    let mut zone = Zone::new(StdRng::seed_from_u64(1));
     let node = NodeId::new(1).expect("in range");
+    let mut zone = Zone::new(node, StdRng::seed_from_u64(1));
     let many = (0..100).map(|n| ("many", IpAddr::from([10, 40, 1, n])));
     let others =
         [("web", FROM), ("a.deep", FROM), ("both", IpAddr::from([0x20, 1, 0xd, 0xb8, 0, 0, 0, 4]))];
@@ -128,7 +128,7 @@ fn service() -> Service {
         many.chain(others).map(|(name, address)| Named { name: name.into(), address }).collect();
     names.sort();
     zone.set_names(node, &names);
-    zone.set_reachable(BTreeSet::from([node]));
+    zone.set_served(BTreeSet::from([node]));
     let subnet = Network::default().subnet;
     let domains =
         ["overnode.local", "weave.local"].map(|it| Domain::new(it).expect("a domain")).to_vec();

@@ -211,6 +211,8 @@ fn attachment() -> Attachment {
                 mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
                 joined: true,
             }),
+            aliases: vec!["app".into()],
+            is_unhealthy: true,
         },
         address: [10, 44, 0, 1].into(),
         is_static: false,

@@ -152,6 +152,19 @@ impl Refusal {
         matches!(self, Self::Myself)
     }
 
+    /// Whether the other side ended an established connection. Its host is up then, whatever became
+    /// of its daemon.
+    pub fn is_closed_by_peer(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        match self {
+            Self::Closed => true,
+            Self::Io(error) => {
+                matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the other side did something that no honest node does.
     pub const fn is_misconduct(&self) -> bool {
         matches!(self, Self::Garbage(_) | Self::Frame(_) | Self::Misconduct(_))

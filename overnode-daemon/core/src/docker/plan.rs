@@ -94,6 +94,14 @@ struct Lease {
     record: Attachment,
     /// When the engine last showed that it knows the address.
     seen: Instant,
+    /// Names in the container's networks of other drivers.
+    engine_names: BTreeSet<String>,
+}
+
+impl Lease {
+    fn new(record: Attachment, seen: Instant) -> Self {
+        Self { record, seen, engine_names: BTreeSet::new() }
+    }
 }
 
 impl Docker {
@@ -105,7 +113,7 @@ impl Docker {
         now: Instant,
     ) -> Self {
         let ours = attachments.into_iter().filter(|record| record.kind() == Kind::Docker);
-        let leases = ours.map(|record| (record.address, Lease { record, seen: now })).collect();
+        let leases = ours.map(|record| (record.address, Lease::new(record, now))).collect();
         Self { settings, networks, leases, pools_in_a_row: 0 }
     }
 
@@ -177,7 +185,12 @@ impl Docker {
         since: u64,
     ) -> (Attachment, Response) {
         let record = Attachment {
-            owner: Owner::Docker { image: None, endpoint: None },
+            owner: Owner::Docker {
+                image: None,
+                endpoint: None,
+                aliases: Vec::new(),
+                is_unhealthy: false,
+            },
             address,
             is_static: fixed,
             target: "docker".to_owned(),
@@ -192,7 +205,9 @@ impl Docker {
 
     /// Records that this attachment is on disk.
     pub fn keep(&mut self, record: Attachment, now: Instant) {
-        self.leases.insert(record.address, Lease { record, seen: now });
+        let engine_names = self.leases.remove(&record.address).map(|lease| lease.engine_names);
+        let engine_names = engine_names.filter(|_| record.has_interface()).unwrap_or_default();
+        self.leases.insert(record.address, Lease { engine_names, ..Lease::new(record, now) });
     }
 
     /// Records that the attachment with this address is no longer on disk.
@@ -217,9 +232,7 @@ impl Docker {
         let containers: BTreeMap<&str, &Container> = report
             .containers
             .iter()
-            .flat_map(|container| {
-                container.endpoints.iter().map(move |id| (id.as_str(), container))
-            })
+            .flat_map(|container| container.aliases.keys().map(move |id| (id.as_str(), container)))
             .collect();
         let mut gone = Vec::new();
         for (address, lease) in &mut self.leases {
@@ -231,11 +244,15 @@ impl Docker {
                 continue;
             };
             lease.seen = now;
+            lease.engine_names.clone_from(&container.engine_names);
+            let aliases = endpoint.and_then(|id| container.aliases.get(id)).cloned();
             let updated = Attachment {
                 name: container.name.clone().or_else(|| lease.record.name.clone()),
                 owner: Owner::Docker {
                     image: container.image.clone(),
                     endpoint: lease.record.engine_endpoint().cloned(),
+                    aliases: aliases.unwrap_or_default(),
+                    is_unhealthy: container.is_unhealthy,
                 },
                 target: container.id.clone(),
                 ..lease.record.clone()
@@ -269,6 +286,12 @@ impl Docker {
             .get(&address)
             .map(|lease| lease.record.netns.as_str())
             .filter(|path| !path.is_empty())
+    }
+
+    /// Returns the names in the networks of other drivers that the container with this address is
+    /// in. Its engine's resolver answers these.
+    pub fn engine_names(&self, address: IpAddr) -> BTreeSet<String> {
+        self.leases.get(&address).map(|lease| lease.engine_names.clone()).unwrap_or_default()
     }
 
     /// Returns the endpoints that were joined to a namespace that did not exist yet: the engine
@@ -476,7 +499,12 @@ impl Docker {
             joined: false,
         };
         let target = engine.endpoint.clone();
-        let owner = Owner::Docker { image: lease.record.image().cloned(), endpoint: Some(engine) };
+        let owner = Owner::Docker {
+            image: lease.record.image().cloned(),
+            endpoint: Some(engine),
+            aliases: Vec::new(),
+            is_unhealthy: false,
+        };
         let record = Attachment { owner, target, ..lease.record.clone() };
         Ok(Step::Keep(Box::new(record), endpoint_answer(given.is_none(), mac)))
     }
@@ -526,14 +554,20 @@ fn after_leave(mut record: Attachment) -> Attachment {
 }
 
 fn set_joined(record: &mut Attachment, joined: bool) {
-    if let Owner::Docker { endpoint: Some(endpoint), .. } = &mut record.owner {
+    if let Owner::Docker { endpoint: Some(endpoint), is_unhealthy, .. } = &mut record.owner {
         endpoint.joined = joined;
+        *is_unhealthy = false;
     }
 }
 
 /// Returns the attachment after its endpoint was deleted: only the address remains.
 fn after_deletion(record: Attachment) -> Attachment {
-    let owner = Owner::Docker { image: record.image().cloned(), endpoint: None };
+    let owner = Owner::Docker {
+        image: record.image().cloned(),
+        endpoint: None,
+        aliases: Vec::new(),
+        is_unhealthy: false,
+    };
     Attachment { owner, ..after_leave(record) }
 }
 

@@ -1,7 +1,7 @@
 //! The documents of the engine's own API: its containers, networks and version
 //! (docs.docker.com/reference/api/engine).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
@@ -12,6 +12,10 @@ use overnode_types::text::{is_harmless, reason};
 
 /// The oldest supported version of the engine's API: that of Docker 20.10.
 const OLDEST: (u32, u32) = (1, 41);
+/// Maximum number of further names of a container in one network.
+const MAX_ALIASES: usize = 64;
+/// End of the status of a container whose health check fails.
+const UNHEALTHY: &str = "(unhealthy)";
 
 /// The engine's containers and networks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,8 +35,13 @@ pub struct Container {
     pub name: Option<String>,
     /// Its image, as it was named.
     pub image: Option<String>,
-    /// The IDs of its endpoints.
-    pub endpoints: Vec<String>,
+    /// Its endpoints by ID, each with the names that the container has in that network besides its
+    /// own.
+    pub aliases: BTreeMap<String, Vec<String>>,
+    /// Whether its health check fails.
+    pub is_unhealthy: bool,
+    /// Names of containers in its networks of other drivers.
+    pub engine_names: BTreeSet<String>,
 }
 
 impl Report {
@@ -41,19 +50,56 @@ impl Report {
     /// # Errors
     /// Returns a message if one of them is malformed.
     pub fn read(containers: &[u8], networks: &[u8]) -> Result<Self, String> {
-        let containers = serde_json::from_slice(containers).map_err(|why| reason(&why))?;
+        let containers: Vec<ListedContainer> =
+            serde_json::from_slice(containers).map_err(|why| reason(&why))?;
         let networks = serde_json::from_slice(networks).map_err(|why| reason(&why))?;
-        Ok(Self::of(containers, networks))
+        Ok(Self::of(containers, networks, &BTreeMap::new()))
     }
 
-    /// Selects what concerns this driver.
-    pub fn of(containers: Vec<ListedContainer>, networks: Vec<ListedNetwork>) -> Self {
-        let is_ours = |network: &ListedNetwork| network.driver == NAME && is_id(&network.id);
-        Self {
-            containers: containers.into_iter().filter_map(container).collect(),
-            networks: networks.into_iter().filter(is_ours).map(|network| network.id).collect(),
+    /// Selects what concerns this driver. `details` are those of containers, by ID.
+    pub fn of(
+        containers: Vec<ListedContainer>,
+        networks: Vec<ListedNetwork>,
+        details: &BTreeMap<String, Details>,
+    ) -> Self {
+        let networks = our_networks(&networks);
+        let mut names: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for listed in &containers {
+            for endpoint in listed.endpoints() {
+                let names = names.entry(&endpoint.network).or_default();
+                names.extend(listed.name());
+                names.extend(listed.id.get(..12).map(str::to_owned));
+                names.extend(
+                    details.get(&listed.id).into_iter().flat_map(|it| it.aliases(endpoint)),
+                );
+            }
         }
+        let selected = containers.iter().filter_map(|listed| {
+            let others = listed.endpoints().filter(|it| !networks.contains(&it.network));
+            let engine_names = others.filter_map(|it| names.get(it.network.as_str())).flatten();
+            container(listed, details.get(&listed.id), engine_names.cloned().collect())
+        });
+        Self { containers: selected.collect(), networks: networks.iter().cloned().collect() }
     }
+}
+
+/// Returns the IDs of the networks that use this driver.
+pub fn our_networks(networks: &[ListedNetwork]) -> BTreeSet<String> {
+    let is_ours = |network: &&ListedNetwork| network.driver == NAME && is_id(&network.id);
+    networks.iter().filter(is_ours).map(|network| network.id.clone()).collect()
+}
+
+/// Returns the IDs of the containers whose [`Details`] matter: those in our networks, and those that
+/// share another network with one of them.
+pub fn with_details(containers: &[ListedContainer], ours: &BTreeSet<String>) -> Vec<String> {
+    let is_in = |listed: &ListedContainer, networks: &BTreeSet<String>| {
+        listed.endpoints().any(|endpoint| networks.contains(&endpoint.network))
+    };
+    let members = containers.iter().filter(|listed| is_in(listed, ours));
+    let shared = members.flat_map(ListedContainer::endpoints).map(|it| it.network.clone());
+    let shared: BTreeSet<String> = shared.collect();
+    let wanted = containers.iter().filter(|listed| is_in(listed, &shared) && is_id(&listed.id));
+    wanted.map(|listed| listed.id.clone()).collect()
 }
 
 /// Returns why an engine with this answer to `/version` is not supported, or `None` if it is.
@@ -73,21 +119,77 @@ pub struct ListedContainer {
     names: Option<Vec<String>>,
     #[serde(default)]
     image: Option<String>,
+    /// For people, as in `Up 3 minutes (unhealthy)`.
+    #[serde(default)]
+    status: Option<String>,
     #[serde(default)]
     network_settings: Option<ListedSettings>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct ListedSettings {
     #[serde(default)]
     networks: Option<BTreeMap<String, Option<ListedEndpoint>>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct ListedEndpoint {
+    #[serde(rename = "NetworkID", default)]
+    network: String,
     #[serde(rename = "EndpointID", default)]
     endpoint: String,
+    /// Only in [`Details`].
+    #[serde(rename = "Aliases", default)]
+    aliases: Option<Vec<String>>,
+    /// Only in [`Details`], from engine 25 on. Includes the aliases.
+    #[serde(rename = "DNSNames", default)]
+    dns_names: Option<Vec<String>>,
+}
+
+/// The parts of a container's description that its entry in the list lacks.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Details {
+    #[serde(default)]
+    network_settings: Option<ListedSettings>,
+}
+
+impl Details {
+    fn aliases(&self, of: &ListedEndpoint) -> Vec<String> {
+        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
+        let found = networks.flat_map(|it| it.values().flatten());
+        let Some(found) = found.into_iter().find(|it| it.endpoint == of.endpoint) else {
+            return Vec::new();
+        };
+        let names = found.aliases.iter().chain(&found.dns_names).flatten();
+        let names: BTreeSet<&String> = names.filter(|name| check_name(name).is_ok()).collect();
+        names.into_iter().take(MAX_ALIASES).cloned().collect()
+    }
+}
+
+impl ListedContainer {
+    /// Returns the IDs of its endpoints. They change when the container joins or leaves a network.
+    pub fn endpoint_ids(&self) -> Vec<String> {
+        self.endpoints().map(|it| it.endpoint.clone()).collect()
+    }
+
+    /// Returns its ID.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn endpoints(&self) -> impl Iterator<Item = &ListedEndpoint> {
+        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
+        networks.flat_map(|it| it.values().flatten()).filter(|it| is_id(&it.endpoint))
+    }
+
+    fn name(&self) -> Option<String> {
+        // Links give a container further names, prefixed with the other container's name.
+        self.names.iter().flatten().find_map(|name| {
+            name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned)
+        })
+    }
 }
 
 /// A network in the engine's list.
@@ -138,24 +240,24 @@ pub fn too_old(found: &Version) -> Option<String> {
     })
 }
 
-fn container(listed: ListedContainer) -> Option<Container> {
+fn container(
+    listed: &ListedContainer,
+    details: Option<&Details>,
+    engine_names: BTreeSet<String>,
+) -> Option<Container> {
     let is_hexadecimal =
         listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
     let id = listed.id.get(..12).filter(|_| is_hexadecimal)?.to_owned();
-    // Links give a container further names, prefixed with the other container's name.
-    let mut names = listed.names.unwrap_or_default().into_iter();
-    let name = names.find_map(|name| {
-        name.strip_prefix('/').filter(|name| check_name(name).is_ok()).map(str::to_owned)
+    let name = listed.name();
+    let is_new = |alias: &String| Some(alias) != name.as_ref() && *alias != id;
+    let aliases = listed.endpoints().map(|endpoint| {
+        let aliases = details.map(|details| details.aliases(endpoint)).unwrap_or_default();
+        (endpoint.endpoint.clone(), aliases.into_iter().filter(is_new).collect())
     });
+    let aliases = aliases.collect();
     let printable =
-        |image: &String| image.len() <= 256 && !image.is_empty() && image.chars().all(is_harmless);
-    let networks =
-        listed.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
-    let endpoints = networks
-        .into_values()
-        .flatten()
-        .map(|listed| listed.endpoint)
-        .filter(|id| is_id(id))
-        .collect();
-    Some(Container { id, name, image: listed.image.filter(printable), endpoints })
+        |image: &&String| image.len() <= 256 && !image.is_empty() && image.chars().all(is_harmless);
+    let is_unhealthy = listed.status.as_ref().is_some_and(|status| status.ends_with(UNHEALTHY));
+    let image = listed.image.as_ref().filter(printable).cloned();
+    Some(Container { id, name, image, aliases, is_unhealthy, engine_names })
 }

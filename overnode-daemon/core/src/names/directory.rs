@@ -7,10 +7,10 @@ use hickory_proto::rr::rdata::{A, AAAA, PTR, SOA};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use ipnet::IpNet;
 
-use overnode_types::name::Domain;
+use overnode_types::name::{Domain, is_relative};
 
 use super::domain::{absolute, name_of, part_before};
-use super::zone::Zone;
+use super::zone::{Existence, Zone};
 
 /// Time to live of answers, in seconds. It is short because names come and go with containers.
 pub const TTL: u32 = 1;
@@ -71,6 +71,21 @@ impl Directory {
         self.domains.iter().any(|domain| name_of(domain).zone_of(name))
     }
 
+    /// Returns the relative name that a question without a domain asks for: one label, such as
+    /// `web`. Names with dots belong to others. Otherwise a node that names a container
+    /// `example.org` would receive what containers send there.
+    pub fn bare_name(query: &Query) -> Option<String> {
+        let mut labels = query.name.iter();
+        let (Some(label), None) = (labels.next(), labels.next()) else { return None };
+        let label = std::str::from_utf8(label).ok()?.to_ascii_lowercase();
+        (is_relative(&label) && !label.contains('.')).then_some(label)
+    }
+
+    /// Returns true if it is not known yet whether this name of one label exists.
+    pub fn is_in_doubt(&self, name: &str) -> bool {
+        self.zone.existence(name) == Existence::Unknown
+    }
+
     /// Decides how to answer a question.
     pub fn ask(&mut self, query: &Query) -> Verdict {
         let is_plain = query.query_class == DNSClass::IN && !is_transfer(query.query_type);
@@ -80,29 +95,45 @@ impl Directory {
             _ if !is_plain => Verdict::Answer(Answer::refused()),
             (Some(domain), _) => Verdict::Answer(self.forward(&domain, query)),
             (None, Some(network)) => self.reverse(network, query),
-            (None, None) => Verdict::Upstream,
+            (None, None) => self.bare(query).map_or(Verdict::Upstream, Verdict::Answer),
         }
     }
 
+    /// Answers a question for a name of one label, if there is such a name.
+    fn bare(&mut self, query: &Query) -> Option<Answer> {
+        let name = Self::bare_name(query)?;
+        if self.zone.existence(&name) != Existence::Exists {
+            return None;
+        }
+        let records = self.records(&name, query);
+        let code = ResponseCode::NoError;
+        Some(Answer { code, records, soa: None })
+    }
+
     fn forward(&mut self, domain: &Domain, query: &Query) -> Answer {
-        let none = |exists: bool| Answer::none(exists, &name_of(domain));
-        let Some(name) = part_before(domain, &query.name) else { return none(false) };
+        let none = |existence| Answer::none(existence, &name_of(domain));
+        let Some(name) = part_before(domain, &query.name) else { return none(Existence::Absent) };
         if name.is_empty() {
             let asked = matches!(query.query_type, RecordType::SOA | RecordType::ANY);
-            return if asked { Answer::of(vec![soa(&name_of(domain))]) } else { none(true) };
+            return if asked {
+                Answer::of(vec![soa(&name_of(domain))])
+            } else {
+                none(Existence::Exists)
+            };
         }
-        if !self.zone.exists(&name) {
-            return none(false);
-        }
+        let existence = self.zone.existence(&name);
+        let records = self.records(&name, query);
+        if records.is_empty() { none(existence) } else { Answer::of(records) }
+    }
+
+    fn records(&mut self, name: &str, query: &Query) -> Vec<Record> {
         let wanted = |address: &IpAddr| match query.query_type {
             RecordType::A => address.is_ipv4(),
             RecordType::AAAA => address.is_ipv6(),
             kind => kind == RecordType::ANY,
         };
-        let addresses = self.zone.addresses(&name).into_iter().filter(wanted);
-        let records: Vec<Record> =
-            addresses.map(|it| record(query.name.clone(), data_of(it))).collect();
-        if records.is_empty() { none(true) } else { Answer::of(records) }
+        let addresses = self.zone.addresses(name).into_iter().filter(wanted);
+        addresses.map(|it| record(query.name.clone(), data_of(it))).collect()
     }
 
     fn reverse(&mut self, network: IpNet, query: &Query) -> Verdict {
@@ -122,7 +153,8 @@ impl Directory {
             return Verdict::Answer(Answer::of(pointers));
         }
         let exists = !pointers.is_empty() || address.is_none();
-        Verdict::Answer(Answer::none(exists, &self.zone_above(&query.name)))
+        let existence = if exists { Existence::Exists } else { Existence::Absent };
+        Verdict::Answer(Answer::none(existence, &self.zone_above(&query.name)))
     }
 
     /// Returns the ancestor of a reverse name whose network is the largest one that lies entirely
@@ -139,8 +171,14 @@ impl Answer {
         Self { code: ResponseCode::NoError, records, soa: None }
     }
 
-    fn none(exists: bool, zone: &Name) -> Self {
-        let code = if exists { ResponseCode::NoError } else { ResponseCode::NXDomain };
+    fn none(existence: Existence, zone: &Name) -> Self {
+        let code = match existence {
+            Existence::Exists => ResponseCode::NoError,
+            Existence::Absent => ResponseCode::NXDomain,
+            Existence::Unknown => {
+                return Self { code: ResponseCode::ServFail, records: Vec::new(), soa: None };
+            }
+        };
         Self { code, records: Vec::new(), soa: Some(Box::new(soa(zone))) }
     }
 
@@ -188,7 +226,8 @@ mod tests {
     use overnode_types::{Network, NodeId};
 
     fn directory() -> Directory {
-        let mut zone = Zone::new(StdRng::seed_from_u64(1));
+        let node = NodeId::new(1).unwrap();
+        let mut zone = Zone::new(node, StdRng::seed_from_u64(1));
         let names = [
             ("web", "10.40.0.1"),
             ("web", "10.40.0.2"),
@@ -201,9 +240,8 @@ mod tests {
             .iter()
             .map(|(name, it)| Named { name: (*name).into(), address: it.parse().unwrap() })
             .collect();
-        let node = NodeId::new(1).unwrap();
         zone.set_names(node, &names);
-        zone.set_reachable(BTreeSet::from([node]));
+        zone.set_served(BTreeSet::from([node]));
         let domains = ["overnode.local", "weave.local"].map(|it| Domain::new(it).unwrap()).to_vec();
         Directory::new(domains, Network::default().subnet, zone)
     }
@@ -289,7 +327,8 @@ mod tests {
             "local.",
             ".",
             "xovernode.local.",
-            "web.",
+            "other.",
+            "a.deep.",
             "8.8.8.8.in-addr.arpa.",
             "arpa.",
         ] {
@@ -298,6 +337,30 @@ mod tests {
         for name in ["10.in-addr.arpa.", "2.0.192.in-addr.arpa.", "48.10.in-addr.arpa."] {
             assert_eq!(ask(name, RecordType::PTR), Verdict::Upstream, "{name}");
         }
+    }
+
+    #[test]
+    fn names_of_one_label_are_found_without_a_domain() {
+        for name in ["web.", "WEB."] {
+            assert_eq!(data(name, RecordType::A), ["10.40.0.1", "10.40.0.2"]);
+        }
+        let answer = answer("web.", RecordType::AAAA);
+        assert_eq!((answer.code, answer.records), (ResponseCode::NoError, vec![]));
+    }
+
+    #[test]
+    fn names_of_a_node_that_cannot_be_reached_are_in_doubt() {
+        let mut directory = directory();
+        directory.zone_mut().set_served(BTreeSet::new());
+        let mut ask = |name: &str| {
+            directory.ask(&Query::query(Name::from_ascii(name).unwrap(), RecordType::A))
+        };
+        let Verdict::Answer(answer) = ask("web.overnode.local.") else { panic!() };
+        assert_eq!(answer.code, ResponseCode::ServFail);
+        let Verdict::Answer(answer) = ask("other.overnode.local.") else { panic!() };
+        assert_eq!(answer.code, ResponseCode::NXDomain);
+        assert_eq!(ask("web."), Verdict::Upstream, "others may know this name");
+        assert!(directory.is_in_doubt("web") && !directory.is_in_doubt("other"));
     }
 
     #[test]

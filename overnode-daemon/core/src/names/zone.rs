@@ -13,12 +13,15 @@ use overnode_types::name::Named;
 /// returned.
 pub const MAX_ANSWERS: usize = 256;
 
-/// The names of all nodes. The names of an unreachable node are ignored until the node is reachable
-/// again.
+/// The names of all nodes. The addresses of a node whose names are not served are left out.
 #[derive(Debug)]
 pub struct Zone {
+    /// This node. Its addresses come first in answers.
+    own: NodeId,
     nodes: BTreeMap<NodeId, Vec<Named>>,
-    reachable: BTreeSet<NodeId>,
+    served: BTreeSet<NodeId>,
+    /// Whether there may be names that this node has not learned yet.
+    is_incomplete: bool,
     /// Keyed by the name with its labels in reverse order, so that a name is followed by the names
     /// below it.
     forward: BTreeMap<String, BTreeSet<(IpAddr, NodeId)>>,
@@ -26,12 +29,26 @@ pub struct Zone {
     rng: StdRng,
 }
 
+/// What is known of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existence {
+    /// It has an address, or a name below it has one.
+    Exists,
+    /// It is not known whether the name exists: a node that cannot be reached announced it, or not
+    /// all names are known yet.
+    Unknown,
+    /// No node announces it.
+    Absent,
+}
+
 impl Zone {
-    /// Creates an empty zone.
-    pub fn new(rng: StdRng) -> Self {
+    /// Creates an empty zone of the node `own`.
+    pub fn new(own: NodeId, rng: StdRng) -> Self {
         Self {
+            own,
             nodes: BTreeMap::new(),
-            reachable: BTreeSet::new(),
+            served: BTreeSet::new(),
+            is_incomplete: false,
             forward: BTreeMap::new(),
             reverse: BTreeMap::new(),
             rng,
@@ -56,51 +73,74 @@ impl Zone {
         }
     }
 
-    /// Sets the nodes whose names are used: this node and those that it can reach.
-    pub fn set_reachable(&mut self, nodes: BTreeSet<NodeId>) {
-        self.reachable = nodes;
+    /// Returns the names that a node announces.
+    pub fn names_of(&self, node: NodeId) -> &[Named] {
+        self.nodes.get(&node).map_or(&[], Vec::as_slice)
     }
 
-    /// Returns the addresses of a name, in random order.
+    /// Sets the nodes whose names are served: this node and those that packets reach.
+    pub fn set_served(&mut self, nodes: BTreeSet<NodeId>) {
+        self.served = nodes;
+    }
+
+    /// Sets whether there may be names that this node has not learned yet.
+    pub fn set_incomplete(&mut self, is_incomplete: bool) {
+        self.is_incomplete = is_incomplete;
+    }
+
+    /// Returns the addresses of a name: those on this node first, each group in random order.
     pub fn addresses(&mut self, name: &str) -> Vec<IpAddr> {
         let found = self.forward.get(&reversed(name)).into_iter().flatten();
-        let found: BTreeSet<IpAddr> = found
-            .filter(|(_, node)| self.reachable.contains(node))
-            .map(|(address, _)| *address)
-            .collect();
-        self.shuffled(found)
+        let (mut here, mut elsewhere) = (BTreeSet::new(), BTreeSet::new());
+        for (address, node) in found.filter(|(_, node)| self.served.contains(node)) {
+            if *node == self.own {
+                here.insert(*address)
+            } else {
+                elsewhere.insert(*address)
+            };
+        }
+        elsewhere.retain(|address| !here.contains(address));
+        let mut addresses = self.shuffled(here);
+        addresses.extend(self.shuffled(elsewhere));
+        addresses.truncate(MAX_ANSWERS);
+        addresses
     }
 
     /// Returns the names of an address, in random order.
     pub fn names(&mut self, address: IpAddr) -> Vec<String> {
         let found = self.reverse.get(&address).into_iter().flatten();
         let found: BTreeSet<String> = found
-            .filter(|(_, node)| self.reachable.contains(node))
+            .filter(|(_, node)| self.served.contains(node))
             .map(|(name, _)| name.clone())
             .collect();
         self.shuffled(found)
     }
 
-    /// Returns true if the name, or a name below it, has an address.
-    pub fn exists(&self, name: &str) -> bool {
+    /// Returns what is known of a name.
+    pub fn existence(&self, name: &str) -> Existence {
         let first = reversed(name);
-        let below = format!("{first}.");
-        let counts = |holders: &BTreeSet<(IpAddr, NodeId)>| {
-            holders.iter().any(|(_, node)| self.reachable.contains(node))
-        };
-        let mut below =
-            self.forward.range(below.clone()..).take_while(|(name, _)| name.starts_with(&below));
-        self.forward.get(&first).is_some_and(counts) || below.any(|(_, holders)| counts(holders))
+        let prefix = format!("{first}.");
+        let below =
+            self.forward.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
+        let holders = self.forward.get(&first).into_iter().chain(below.map(|(_, holders)| holders));
+        let mut is_unknown = self.is_incomplete;
+        for (_, node) in holders.flatten() {
+            if self.served.contains(node) {
+                return Existence::Exists;
+            }
+            is_unknown = true;
+        }
+        if is_unknown { Existence::Unknown } else { Existence::Absent }
     }
 
-    /// Returns all entries by name, each with the node that announces it and whether that node is
-    /// reachable.
+    /// Returns all entries by name, each with the node that announces it and whether its names are
+    /// served.
     pub fn entries(&self) -> Vec<(&Named, NodeId, bool)> {
         let mut entries: Vec<_> = self
             .nodes
             .iter()
             .flat_map(|(node, names)| {
-                names.iter().map(|it| (it, *node, self.reachable.contains(node)))
+                names.iter().map(|it| (it, *node, self.served.contains(node)))
             })
             .collect();
         entries.sort();
@@ -145,14 +185,14 @@ mod tests {
     }
 
     fn zone(nodes: &[(u16, &[(&str, &str)])]) -> Zone {
-        let mut zone = Zone::new(StdRng::seed_from_u64(1));
+        let mut zone = Zone::new(id(1), StdRng::seed_from_u64(1));
         for (node, names) in nodes {
             zone.set_names(
                 id(*node),
                 &names.iter().map(|(name, it)| named(name, it)).collect::<Vec<_>>(),
             );
         }
-        zone.set_reachable(nodes.iter().map(|(node, _)| id(*node)).collect());
+        zone.set_served(nodes.iter().map(|(node, _)| id(*node)).collect());
         zone
     }
 
@@ -170,7 +210,8 @@ mod tests {
         ]);
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1", "10.40.0.2", "10.42.0.1"]);
         assert_eq!(texts(zone.addresses("db")), ["10.40.0.3"]);
-        assert!(zone.addresses("other").is_empty() && !zone.exists("other"));
+        assert!(zone.addresses("other").is_empty());
+        assert_eq!(zone.existence("other"), Existence::Absent);
         assert_eq!(zone.names("10.40.0.1".parse().unwrap()), ["web"]);
         assert!(zone.names("10.40.0.9".parse().unwrap()).is_empty());
     }
@@ -189,13 +230,13 @@ mod tests {
 
     #[test]
     fn too_many_addresses_are_sampled_without_repetition() {
-        let mut zone = Zone::new(StdRng::seed_from_u64(2));
+        let mut zone = Zone::new(id(1), StdRng::seed_from_u64(2));
         let all = (0..1000_u32).map(|n| Named {
             name: "web".into(),
             address: std::net::Ipv4Addr::from_bits(0x0a28_0000 + n).into(),
         });
         zone.set_names(id(1), &all.collect::<Vec<_>>());
-        zone.set_reachable([id(1)].into());
+        zone.set_served([id(1)].into());
         let mut seen = BTreeSet::new();
         for _ in 0..100 {
             let some = zone.addresses("web");
@@ -206,19 +247,39 @@ mod tests {
     }
 
     #[test]
-    fn names_of_an_unreachable_node_are_hidden_until_it_returns() {
+    fn names_of_an_unreachable_node_are_unknown_until_it_returns() {
         let mut zone = zone(&[
             (1, &[("web", "10.40.0.1")]),
             (2, &[("web", "10.42.0.1"), ("a.b", "10.42.0.2")]),
         ]);
-        zone.set_reachable([id(1)].into());
+        zone.set_served([id(1)].into());
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"]);
-        assert!(!zone.exists("a.b") && !zone.exists("b"));
+        assert_eq!(zone.existence("web"), Existence::Exists, "node 1 has it");
+        for name in ["a.b", "b"] {
+            assert_eq!(zone.existence(name), Existence::Unknown);
+        }
+        assert_eq!(zone.existence("c"), Existence::Absent);
         assert!(zone.names("10.42.0.1".parse().unwrap()).is_empty());
         assert_eq!(zone.entries().len(), 3, "they are still shown");
-        zone.set_reachable([id(1), id(2)].into());
+        zone.set_served([id(1), id(2)].into());
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1", "10.42.0.1"]);
-        assert!(zone.exists("a.b"));
+        assert_eq!(zone.existence("a.b"), Existence::Exists);
+        zone.set_incomplete(true);
+        assert_eq!(zone.existence("a.b"), Existence::Exists);
+        assert_eq!(zone.existence("c"), Existence::Unknown);
+    }
+
+    #[test]
+    fn addresses_on_this_node_come_first() {
+        let mut zone = zone(&[
+            (1, &[("web", "10.40.0.1"), ("web", "10.40.0.2")]),
+            (2, &[("web", "10.42.0.1"), ("web", "10.40.0.1"), ("web", "10.42.0.2")]),
+        ]);
+        for _ in 0..50 {
+            let addresses = zone.addresses("web");
+            assert_eq!(texts(addresses[..2].to_vec()), ["10.40.0.1", "10.40.0.2"]);
+            assert_eq!(texts(addresses[2..].to_vec()), ["10.42.0.1", "10.42.0.2"]);
+        }
     }
 
     #[test]
@@ -231,7 +292,7 @@ mod tests {
         assert_eq!(texts(zone.addresses("web")), ["10.40.0.1"], "node 2 still announces it");
         assert_eq!(texts(zone.addresses("db")), ["10.40.0.2"]);
         zone.set_names(id(2), &[]);
-        assert!(!zone.exists("web"));
+        assert_eq!(zone.existence("web"), Existence::Absent);
         zone.set_names(id(1), &[]);
         assert!(zone.forward.is_empty() && zone.reverse.is_empty() && zone.nodes.is_empty());
     }
@@ -240,10 +301,10 @@ mod tests {
     fn a_name_with_names_below_it_exists() {
         let zone = zone(&[(1, &[("a.b.c", "10.40.0.1"), ("a.bb", "10.40.0.2")])]);
         for name in ["a.b.c", "b.c", "c", "bb", "a.bb"] {
-            assert!(zone.exists(name), "{name}");
+            assert_eq!(zone.existence(name), Existence::Exists, "{name}");
         }
         for name in ["b", "a", "cc", "d.a.b.c", "a.b", "x.c"] {
-            assert!(!zone.exists(name), "{name}");
+            assert_eq!(zone.existence(name), Existence::Absent, "{name}");
         }
     }
 }

@@ -17,15 +17,15 @@ const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 40, 0, 9));
 
 /// Returns a service with 100 addresses for `many` and without upstream resolvers.
 fn service() -> Service {
-    let mut zone = Zone::new(StdRng::seed_from_u64(1));
     let node = NodeId::new(1).unwrap();
+    let mut zone = Zone::new(node, StdRng::seed_from_u64(1));
     let many = (0..100).map(|n| ("many", format!("10.40.1.{n}")));
     let names = many.chain([("web", "10.40.0.1".to_owned())]);
     let mut names: Vec<Named> =
         names.map(|(name, it)| Named { name: name.into(), address: it.parse().unwrap() }).collect();
     names.sort();
     zone.set_names(node, &names);
-    zone.set_reachable(BTreeSet::from([node]));
+    zone.set_served(BTreeSet::from([node]));
     let subnet = Network::default().subnet;
     let directory = Directory::new(vec![Domain::new("overnode.local").unwrap()], subnet, zone);
     Service::new(
@@ -49,7 +49,7 @@ fn with_edns(mut message: Message, payload: u16) -> Message {
 }
 
 fn bytes(service: &Service, query: &Message, transport: Transport) -> Vec<u8> {
-    match service.begin(&query.to_vec().unwrap(), FROM, transport) {
+    match service.begin(&query.to_vec().unwrap(), FROM, transport, Entrance::Node) {
         Step::Send(bytes) => bytes,
         Step::Ignore => panic!("ignored"),
         Step::Ask(_) => panic!("forwarded upstream"),
@@ -123,7 +123,7 @@ fn edns_is_answered_and_later_versions_are_refused() {
 fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
     let service = service();
     let good = query("web.overnode.local.", RecordType::A).to_vec().unwrap();
-    let begin = |bytes: &[u8]| match service.begin(bytes, FROM, Transport::Udp) {
+    let begin = |bytes: &[u8]| match service.begin(bytes, FROM, Transport::Udp, Entrance::Node) {
         Step::Ignore => None,
         Step::Send(reply) => {
             assert_eq!(reply.len(), HEADER_LEN);
@@ -161,7 +161,9 @@ fn malformed_queries_are_ignored_or_refused_with_a_bare_header() {
 async fn other_names_fail_without_upstream_resolvers() {
     let service = service();
     let query = with_edns(query("example.org.", RecordType::A), 1232);
-    let Step::Ask(pending) = service.begin(&query.to_vec().unwrap(), FROM, Transport::Udp) else {
+    let Step::Ask(pending) =
+        service.begin(&query.to_vec().unwrap(), FROM, Transport::Udp, Entrance::Node)
+    else {
         panic!("not forwarded upstream")
     };
     let reply = Message::from_vec(&service.finish(pending).await).unwrap();
@@ -183,7 +185,8 @@ fn forwarding_is_limited_and_only_on_request() {
     for container in 0..20_u8 {
         let from = IpAddr::from([10, 40, 0, container]);
         for _ in 0..2 * MAX_PENDING_OF_ONE {
-            if let Step::Ask(pending) = service.begin(&query, from, Transport::Udp) {
+            if let Step::Ask(pending) = service.begin(&query, from, Transport::Udp, Entrance::Node)
+            {
                 waiting.push(pending);
             }
         }
@@ -194,11 +197,11 @@ fn forwarding_is_limited_and_only_on_request() {
     }
     assert_eq!(waiting.len(), MAX_PENDING);
     assert!(matches!(
-        service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp),
+        service.begin(&query, "10.40.9.9".parse().unwrap(), Transport::Udp, Entrance::Node),
         Step::Send(_)
     ));
     waiting.clear();
-    assert!(matches!(service.begin(&query, FROM, Transport::Udp), Step::Ask(_)));
+    assert!(matches!(service.begin(&query, FROM, Transport::Udp, Entrance::Node), Step::Ask(_)));
     assert!(service.pending.lock().is_empty(), "all shares are returned");
 }
 
@@ -209,7 +212,7 @@ proptest! {
     ) {
         let service = service();
         for transport in [Transport::Udp, Transport::Tcp] {
-            if let Step::Send(reply) = service.begin(&bytes, FROM, transport) {
+            if let Step::Send(reply) = service.begin(&bytes, FROM, transport, Entrance::Node) {
                 let fits = reply.len() <= usize::from(MAX_UDP_BYTES);
                 prop_assert!(transport == Transport::Tcp || fits);
                 prop_assert!(Message::from_vec(&reply).is_ok());
@@ -228,7 +231,7 @@ proptest! {
             let at = index.index(bytes.len());
             bytes[at] ^= value;
         }
-        if let Step::Send(reply) = service.begin(&bytes, FROM, Transport::Udp) {
+        if let Step::Send(reply) = service.begin(&bytes, FROM, Transport::Udp, Entrance::Node) {
             prop_assert_eq!(&reply[..2], &bytes[..2]);
             prop_assert!(reply.len() <= usize::from(MAX_UDP_BYTES));
             let reply = Message::from_vec(&reply).unwrap();

@@ -3,14 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use tokio::sync::oneshot;
 
 use super::{Addresses, Containers, Effect};
 use crate::api::{Container, EventKind};
-use crate::datapath::{self, Datapath, EndPlacement, NetnsRef};
+use crate::datapath::{self, Datapath, EndPlacement, NetnsCookie, NetnsRef};
+use crate::dns;
 use crate::docker::{
     EngineEvent, Event, Incoming, Order, Service, SocketPaths, engine::EngineError,
 };
@@ -25,6 +26,11 @@ use overnode_types::NodeId;
 
 /// Maximum number of requests that wait for an address at the same time.
 const MAX_WAITING: usize = 4096;
+/// Interval at which the network namespace of a container that is starting is looked for. The
+/// container's first process must find it prepared.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+/// How long it is looked for that often after the engine joined an endpoint.
+const HURRY: Duration = Duration::from_secs(10);
 
 type Answer = oneshot::Sender<Result<Response, Refusal>>;
 
@@ -38,6 +44,15 @@ pub(in crate::node) struct DockerSide {
     problem: Option<String>,
     /// Why the engine refuses to create the default network.
     refused: Option<String>,
+    /// Containers whose DNS queries are redirected to the node, by address.
+    redirected: BTreeMap<IpAddr, (NetnsRef, NetnsCookie)>,
+    /// Why queries are not redirected.
+    unredirected: Option<String>,
+    /// Whether redirections of an earlier daemon have been ended.
+    is_adopted: bool,
+    /// When to look for new network namespaces again, and until when to do so often.
+    next_look: Instant,
+    hurry_until: Instant,
 }
 
 /// A request for an address.
@@ -73,17 +88,45 @@ impl DockerSide {
         if !store.has_default_network()? {
             service.order(Order::CreateDefault(settings.subnet));
         }
-        let waiting = BTreeMap::new();
-        Ok((Self { service, plan, waiting, problem: None, refused: None }, incoming))
+        let side = Self {
+            service,
+            plan,
+            waiting: BTreeMap::new(),
+            problem: None,
+            refused: None,
+            redirected: BTreeMap::new(),
+            unredirected: None,
+            is_adopted: false,
+            next_look: now,
+            hurry_until: now,
+        };
+        Ok((side, incoming))
     }
 
     /// Returns the current problems that need an operator.
     pub(in crate::node) fn problems(&self) -> impl Iterator<Item = &String> {
-        self.problem.iter().chain(&self.refused)
+        self.problem.iter().chain(&self.refused).chain(&self.unredirected)
     }
 }
 
 impl Containers {
+    /// Returns when to call [`Self::follow_sandboxes`] next.
+    pub(in crate::node) fn poll_timeout(&self) -> Option<Instant> {
+        let docker = self.docker.as_ref()?;
+        let hurries = docker.next_look < docker.hurry_until;
+        (hurries && docker.plan.unsettled().next().is_some()).then_some(docker.next_look)
+    }
+
+    /// Returns the containers whose DNS queries are redirected to the node, by address.
+    pub(in crate::node) fn dns_clients(&self) -> BTreeMap<IpAddr, dns::Client> {
+        let Some(docker) = &self.docker else { return BTreeMap::new() };
+        let client = |(address, (netns, _)): (&IpAddr, &(NetnsRef, NetnsCookie))| {
+            let engine_names = docker.plan.engine_names(*address);
+            (*address, dns::Client { netns: netns.clone(), engine_names })
+        };
+        docker.redirected.iter().map(client).collect()
+    }
+
     /// Whether a request of the engine waits for the outcome of an address request.
     pub(in crate::node) fn waits_for(&self, request: RequestId) -> bool {
         self.docker.as_ref().is_some_and(|docker| docker.waiting.contains_key(&request))
@@ -139,6 +182,8 @@ impl Containers {
                     }
                 }
                 self.look(true);
+                // Containers may have joined other networks.
+                self.changed();
             }
             Event::EngineEvent(EngineEvent::Default(made)) => {
                 if let (Ok(()), Err(why)) = (&made, self.store.set_default_network(true)) {
@@ -340,10 +385,71 @@ impl Containers {
         }
     }
 
-    /// Installs the rules against other gateways in containers whose network namespaces have
-    /// appeared. An engine joins an endpoint before it creates the namespace. An engine in another
+    /// Prepares containers whose network namespaces have appeared, and forgets those that have
+    /// left. An engine joins an endpoint before it creates the namespace. An engine in another
     /// mount namespace has namespaces at paths that do not exist here.
-    pub(in crate::node) async fn guard_sandboxes(&mut self, datapath: &Datapath, now: Instant) {
+    pub(in crate::node) async fn follow_sandboxes(
+        &mut self,
+        datapath: &mut Datapath,
+        serves_names: bool,
+        now: Instant,
+    ) {
+        self.guard_sandboxes(datapath, now).await;
+        if serves_names {
+            self.redirect_queries(datapath).await;
+        }
+        if let Some(docker) = &mut self.docker {
+            docker.next_look = now + LOOK_INTERVAL;
+        }
+    }
+
+    /// Redirects the DNS queries of joined containers to the node, and of no others.
+    async fn redirect_queries(&mut self, datapath: &mut Datapath) {
+        let Some(docker) = &mut self.docker else { return };
+        let joined: BTreeMap<IpAddr, NetnsRef> = docker
+            .plan
+            .records()
+            .filter(|record| record.has_interface() && record.netns_inode != 0)
+            .map(|record| (record.address, NetnsRef::Path(record.netns.clone().into())))
+            .collect();
+        let mut changed = false;
+        let before = docker.redirected.len();
+        docker.redirected.retain(|address, (netns, _)| joined.get(address) == Some(netns));
+        let has_left = docker.redirected.len() < before;
+        docker.unredirected = None;
+        for (address, netns) in joined {
+            if docker.redirected.contains_key(&address) {
+                continue;
+            }
+            match datapath.redirect_queries(&netns).await {
+                Ok(cookie) => {
+                    docker.redirected.insert(address, (netns, cookie));
+                    changed = true;
+                }
+                // The container has just ended, or its engine's namespaces are not visible here.
+                Err(why) if netns.id().is_err() => tracing::debug!("{address}: {why:#}"),
+                Err(why) => {
+                    docker.unredirected = Some(format!(
+                        "containers of the Docker engine do not find names of other hosts: {why:#}"
+                    ));
+                }
+            }
+        }
+        if has_left || !docker.is_adopted {
+            let kept = docker.redirected.values().map(|(_, cookie)| *cookie).collect();
+            match datapath.keep_redirected(&kept) {
+                Ok(()) => docker.is_adopted = true,
+                Err(why) => tracing::warn!("{why:#}"),
+            }
+        }
+        if changed || has_left {
+            self.changed();
+        }
+    }
+
+    /// Installs the rules against other gateways in containers whose network namespaces have
+    /// appeared.
+    async fn guard_sandboxes(&mut self, datapath: &Datapath, now: Instant) {
         let Some(docker) = &self.docker else { return };
         let unsettled: Vec<Attachment> = docker.plan.unsettled().cloned().collect();
         for mut record in unsettled {
@@ -401,6 +507,9 @@ impl Containers {
         };
         let address = record.address;
         self.keep(record, now)?;
+        if let Some(docker) = &mut self.docker {
+            (docker.next_look, docker.hurry_until) = (now + LOOK_INTERVAL, now + HURRY);
+        }
         failpoint::reached("docker endpoint");
         if let Err(why) = datapath.attach(&plan).await {
             return Err(Refusal::new(format_args!(

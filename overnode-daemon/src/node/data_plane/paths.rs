@@ -105,6 +105,11 @@ impl DataPlane {
         self.relay_routes.mark_stale();
     }
 
+    /// Returns the nodes that answer probes on the direct path.
+    pub(in crate::node) fn reached_directly(&self) -> impl Iterator<Item = NodeId> {
+        self.paths.states().filter(|(_, state)| state.alive).map(|(id, _)| id)
+    }
+
     /// Handles a probe, or the answer to one, that came through the tunnel.
     /// Returns whether there may be a new session.
     pub(in crate::node) fn handle_probe(&mut self, probe: &Probe, now: Instant) -> bool {

@@ -173,7 +173,9 @@ fn container(endpoint: &str, name: &str) -> Container {
         id: "0123456789ab".into(),
         name: Some(name.into()),
         image: Some("tiny".into()),
-        endpoints: vec![endpoint.into()],
+        aliases: BTreeMap::from([(endpoint.into(), Vec::new())]),
+        is_unhealthy: false,
+        engine_names: BTreeSet::new(),
     }
 }
 
