@@ -34,7 +34,8 @@ use overnode_types::name::Named;
 use overnode_types::text::reason;
 use overnode_types::{NodeId, PeerIndex, Secret};
 
-/// Version of the table layout. A database with another version is refused.
+/// Version of the tables and of the values in them, which include gossip records. A database with
+/// another version is refused.
 pub const SCHEMA: u32 = 4;
 /// File name of the database in the state directory.
 pub const DATABASE: &str = "overnode.redb";

@@ -13,7 +13,8 @@
 //! | `resolver_recvmsg`, `resolver_getpeername` | all sockets | hide the redirection |
 //! | `aead_check` | nothing, tests run it | seals or opens a test vector |
 //!
-//! The programs for sockets are attached to the root control group, all others to TC ingress.
+//! Unless the table says otherwise, a program is attached to TC ingress. The programs for sockets
+//! are attached to the root control group.
 #![cfg_attr(
     target_arch = "bpf",
     no_std,

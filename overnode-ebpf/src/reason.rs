@@ -137,7 +137,8 @@ reasons! {
     Fragment = 32, "fragment", drop;
     /// Arrived on an interface that the daemon has not configured.
     Unconfigured = 33, "unconfigured", drop;
-    /// A relayed message has taken too many hops, probably in a loop.
+    /// A message has passed too many relays, probably in a loop. The TTL of the packet inside does not
+    /// matter.
     HopLimit = 34, "hop-limit", drop;
     /// A relayed message did not come from the address of the node named as its previous hop: nodes
     /// relay only for nodes of the cluster.

@@ -332,7 +332,7 @@ impl View<'_> {
                 .map(|state| (state.loss * 1000.0) as u16),
             last_error: direct_works
                 .and_then(|state| state.last_error)
-                .map(|(failpoint, at)| last_error(&(failpoint.to_string(), at), now)),
+                .map(|(error, at)| last_error(&(error.to_string(), at), now)),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Messages between neighbors, and their bounds.
 //!
-//! On the wire: the version of the format (one byte, [`FORMAT`]), then a [`Message`] in postcard.
+//! On the wire: the version of the format (one byte, [`GOSSIP_FORMAT`]), then a [`Message`] in postcard.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -16,7 +16,7 @@ use overnode_types::name::is_relative;
 use overnode_types::{NodeId, PublicKey, VerifyingKey};
 
 /// Version of the wire format.
-pub const FORMAT: u8 = 4;
+pub const GOSSIP_FORMAT: u8 = 4;
 /// Maximum number of control addresses in a record.
 pub const MAX_ADDRESSES: usize = 16;
 /// Maximum number of ranges in a record.
@@ -44,7 +44,8 @@ pub(super) const RECORD_BYTES: usize = 256;
 pub struct Record {
     /// The node that owns the record.
     pub id: NodeId,
-    /// Start counter of the node. A greater value is later.
+    /// Time of the launch in milliseconds since 1970, plus the number of starts since. A greater
+    /// value is later.
     pub incarnation: u64,
     /// Counts the changes within one incarnation.
     pub version: u64,
@@ -68,13 +69,10 @@ pub struct Record {
     /// The node's static addresses, which are outside of all ranges.
     pub claims: Vec<IpAddr>,
     /// Names of its containers and names that were added manually on it, in ascending order.
-    #[serde(default)]
     pub names: Vec<Named>,
     /// The node's identity, which the record is signed with.
-    #[serde(default)]
     pub verifying_key: VerifyingKey,
     /// Signature over all fields above.
-    #[serde(default)]
     pub signature: Signature,
 }
 
@@ -141,7 +139,7 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the \
+        "a message in format {0}, but this build reads format {GOSSIP_FORMAT}; upgrade overnode on the \
          older host"
     )]
     Format(u8),
@@ -172,24 +170,41 @@ impl Record {
     }
 
     /// Clears everything that is not kept for a node that has left.
-    pub(super) fn into_tombstone(mut self) -> Self {
-        self.left = true;
-        self.addresses.clear();
-        self.links.clear();
-        self.no_direct_path.clear();
-        self.ranges.clear();
-        self.claims.clear();
-        self.names.clear();
-        self
+    pub(super) fn into_tombstone(self) -> Self {
+        Self {
+            version: self.version,
+            left: true,
+            verifying_key: self.verifying_key,
+            signature: self.signature,
+            ..Self::blank(self.id, self.incarnation, self.nickname, self.public_key)
+        }
     }
 
+    /// Returns whether it announces anything, as no tombstone does.
     fn has_content(&self) -> bool {
-        !(self.addresses.is_empty()
-            && self.links.is_empty()
-            && self.no_direct_path.is_empty()
-            && self.ranges.is_empty()
-            && self.claims.is_empty()
-            && self.names.is_empty())
+        // Naming all fields makes the compiler ask about a new one.
+        let Self {
+            id: _,
+            incarnation: _,
+            version: _,
+            left: _,
+            nickname: _,
+            public_key: _,
+            addresses,
+            links,
+            no_direct_path,
+            ranges,
+            claims,
+            names,
+            verifying_key: _,
+            signature: _,
+        } = self;
+        !(addresses.is_empty()
+            && links.is_empty()
+            && no_direct_path.is_empty()
+            && ranges.is_empty()
+            && claims.is_empty()
+            && names.is_empty())
     }
 
     pub(super) fn check(&self) -> Result<(), BadMessage> {
@@ -237,7 +252,7 @@ impl Record {
 impl Message {
     /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
-        postcard::to_extend(self, vec![FORMAT]).expect("plain data always encodes")
+        postcard::to_extend(self, vec![GOSSIP_FORMAT]).expect("plain data always encodes")
     }
 
     /// Decodes a message and checks all bounds.
@@ -246,7 +261,7 @@ impl Message {
     /// [`BadMessage`] if the bytes are not a valid message.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
         let (&format, body) = bytes.split_first().ok_or(BadMessage::Empty)?;
-        if format != FORMAT {
+        if format != GOSSIP_FORMAT {
             return Err(BadMessage::Format(format));
         }
         let (message, rest) =

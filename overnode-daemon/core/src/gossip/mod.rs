@@ -81,8 +81,8 @@ pub use exchange::ASK_AGAIN;
 use exchange::Wanted;
 use limit::{Allowance, Signatures};
 pub use message::{
-    BadMessage, FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES, MAX_STAMP,
-    Message, NAME_BYTES, Record, Stamp,
+    BadMessage, GOSSIP_FORMAT, MAX_ADDRESSES, MAX_CLAIMS, MAX_DELTA, MAX_NAMES, MAX_RANGES,
+    MAX_STAMP, Message, NAME_BYTES, Record, Stamp,
 };
 pub use routed::{BadRoutedMessage, RoutedMessage, Undelivered};
 pub use sign::{Signature, Signer, Verified};
@@ -274,7 +274,8 @@ impl Gossip {
         &self.draft
     }
 
-    /// Returns all records, including those of this node and of nodes that left.
+    /// Returns all records, including those of nodes that left, and this node's as it was last
+    /// published; [`Self::own`] has later changes.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
     }

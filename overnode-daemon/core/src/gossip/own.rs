@@ -9,7 +9,7 @@ use super::{COLLECT, Gossip, MAX_STAMP, Message, PACE, Record};
 
 impl Gossip {
     /// Changes the own record. Changes to the ID, stamp, keys, links, tombstone flag and signature
-    /// are discarded.
+    /// are discarded; all other fields may be changed.
     pub fn update_own(&mut self, change: impl FnOnce(&mut Record), now: Instant) {
         let before = self.draft.clone();
         change(&mut self.draft);

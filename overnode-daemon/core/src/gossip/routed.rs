@@ -8,7 +8,7 @@
 //! incarnation. After a restart the receiver has forgotten which messages have arrived, but
 //! messages recorded before it are no longer valid.
 //!
-//! On the wire, with big-endian integers: [`FORMAT`], hops (u8), kind (u8), from and to (u16 each),
+//! On the wire, with big-endian integers: [`ROUTED_FORMAT`], hops (u8), kind (u8), from and to (u16 each),
 //! the sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
 //! bytes), then the body. The signature covers everything except the format, the hops and itself,
 //! after the label `overnode routed v2`.
@@ -20,7 +20,7 @@ use super::{Action, Gossip};
 use overnode_types::NodeId;
 
 /// Version of the wire format.
-pub const FORMAT: u8 = 2;
+pub const ROUTED_FORMAT: u8 = 2;
 /// Maximum length of the body in bytes.
 pub const MAX_BODY: usize = 16 * 1024;
 /// Maximum number of connections that a message travels. Longer than any path between nodes that
@@ -67,7 +67,7 @@ pub enum BadRoutedMessage {
     Short,
     /// The message is in another version of the format.
     #[error(
-        "a routed message in format {0}, but this build reads format {FORMAT}; upgrade overnode on \
+        "a routed message in format {0}, but this build reads format {ROUTED_FORMAT}; upgrade overnode on \
          the older host"
     )]
     Format(u8),
@@ -121,7 +121,7 @@ impl RoutedMessage {
     /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + self.body.len());
-        bytes.extend([FORMAT, self.hops]);
+        bytes.extend([ROUTED_FORMAT, self.hops]);
         bytes.extend(self.head());
         bytes.extend(self.signature.0);
         bytes.extend_from_slice(&self.body);
@@ -134,7 +134,7 @@ impl RoutedMessage {
     /// [`BadRoutedMessage`] if the bytes are not a valid message.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadRoutedMessage> {
         let &format = bytes.first().ok_or(BadRoutedMessage::Short)?;
-        if format != FORMAT {
+        if format != ROUTED_FORMAT {
             return Err(BadRoutedMessage::Format(format));
         }
         let mut rest = &bytes[1..];

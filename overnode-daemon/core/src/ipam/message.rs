@@ -1,6 +1,6 @@
 //! Messages between the address allocations of two nodes, and their bounds.
 //!
-//! On the wire: the version of the format (one byte, [`FORMAT`]), then a [`Message`] in postcard.
+//! On the wire: the version of the format (one byte, [`ALLOCATION_FORMAT`]), then a [`Message`] in postcard.
 //! Any message may be lost, repeated, reordered, or arrive days late.
 
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use overnode_types::NodeId;
 /// node to outbid what it hears.
 const MAX_NUMBER: u64 = MAX_STAMP;
 /// Version of the wire format.
-pub(crate) const FORMAT: u8 = 2;
+pub(crate) const ALLOCATION_FORMAT: u8 = 2;
 /// Maximum length of a message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// Maximum number of blocks in a list.
@@ -307,7 +307,7 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {FORMAT}; upgrade overnode on the \
+        "a message in format {0}, but this build reads format {ALLOCATION_FORMAT}; upgrade overnode on the \
          older host"
     )]
     Format(u8),
@@ -322,7 +322,7 @@ pub enum BadMessage {
 impl Message {
     /// Encodes the message for the wire.
     pub fn encode(&self) -> Vec<u8> {
-        postcard::to_extend(self, vec![FORMAT]).expect("plain data always encodes")
+        postcard::to_extend(self, vec![ALLOCATION_FORMAT]).expect("plain data always encodes")
     }
 
     /// Decodes a message and checks all bounds.
@@ -334,7 +334,7 @@ impl Message {
             return Err(BadMessage::Bounds("too many bytes"));
         }
         let (&format, body) = bytes.split_first().ok_or(BadMessage::Empty)?;
-        if format != FORMAT {
+        if format != ALLOCATION_FORMAT {
             return Err(BadMessage::Format(format));
         }
         let (message, rest) =

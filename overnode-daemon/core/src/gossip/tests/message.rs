@@ -66,13 +66,16 @@ fn out_of_bounds_messages_are_refused_as_a_whole() {
     ];
     assert!(bounds.iter().all(|error| matches!(error, BadMessage::Bounds(_))), "{bounds:?}");
     assert_eq!(Message::decode(&[]), Err(BadMessage::Empty));
-    assert_eq!(Message::decode(&[FORMAT - 1, 0]), Err(BadMessage::Format(FORMAT - 1)));
+    assert_eq!(
+        Message::decode(&[GOSSIP_FORMAT - 1, 0]),
+        Err(BadMessage::Format(GOSSIP_FORMAT - 1))
+    );
     let mut longer = Message::Request(vec![id(1)]).encode();
     longer.push(0);
     assert_eq!(Message::decode(&longer), Err(BadMessage::Unreadable));
     // IDs 0 and 4096.
-    assert_eq!(Message::decode(&[FORMAT, 2, 1, 0]), Err(BadMessage::Unreadable));
-    assert_eq!(Message::decode(&[FORMAT, 2, 1, 0x80, 0x20]), Err(BadMessage::Unreadable));
+    assert_eq!(Message::decode(&[GOSSIP_FORMAT, 2, 1, 0]), Err(BadMessage::Unreadable));
+    assert_eq!(Message::decode(&[GOSSIP_FORMAT, 2, 1, 0x80, 0x20]), Err(BadMessage::Unreadable));
 }
 
 #[test]
@@ -119,7 +122,7 @@ const PUBLIC_KEY: &str = "552291f02c9317519633021302d0f7ba39b1cf32310e23ee7aa6a4
 const SIGNATURE: &str = "b5eb5db45557d36be300d8117f7e0042a041f5eb18bd93fd6526e9ac786c9ba7\
                          ef51434474f4a44711393bcf6c66f5e664158f6d1e5ce51eb8cb9d683227270d";
 
-/// Nodes of other versions read these bytes, so any change of them needs a new [`FORMAT`].
+/// Nodes of other versions read these bytes, so any change of them needs a new [`GOSSIP_FORMAT`].
 #[test]
 fn the_wire_format_is_stable() {
     let hex = |message: &Message| data_encoding::HEXLOWER.encode(&message.encode());
@@ -170,7 +173,7 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 0..300),
         kind in 0_u8..4,
     ) {
-        for bytes in [bytes.clone(), [&[FORMAT, kind], bytes.as_slice()].concat()] {
+        for bytes in [bytes.clone(), [&[GOSSIP_FORMAT, kind], bytes.as_slice()].concat()] {
             if let Ok(Message::Delta(records)) = Message::decode(&bytes) {
                 prop_assert!(records.iter().all(|record| record.check().is_ok()));
             }

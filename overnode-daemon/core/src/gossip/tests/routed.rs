@@ -3,7 +3,7 @@ use std::time::Duration;
 use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 
 use super::{World, id};
-use crate::gossip::routed::{FORMAT, KIND_ALLOCATION, MAX_BODY, MAX_HOPS};
+use crate::gossip::routed::{KIND_ALLOCATION, MAX_BODY, MAX_HOPS, ROUTED_FORMAT};
 use crate::gossip::{Action, BadRoutedMessage, Path, RoutedMessage, Signature, Undelivered};
 
 fn routed() -> RoutedMessage {
@@ -191,7 +191,7 @@ fn a_routed_message_arrives_once_and_unchanged() {
     assert_eq!(world.delivered.len(), 3);
 }
 
-/// Nodes of other versions read these bytes, so any change of them needs a new [`FORMAT`].
+/// Nodes of other versions read these bytes, so any change of them needs a new [`ROUTED_FORMAT`].
 #[test]
 fn the_wire_format_is_stable() {
     let signature: Vec<u8> = (0..64).collect();
@@ -222,7 +222,7 @@ fn routed_messages_out_of_bounds_are_refused() {
     assert_eq!(refused(|it| it.body = vec![0; MAX_BODY + 1]), BadRoutedMessage::Body(MAX_BODY + 1));
     let good = routed().encode();
     for (index, value, expected) in [
-        (0, FORMAT + 1, BadRoutedMessage::Format(FORMAT + 1)),
+        (0, ROUTED_FORMAT + 1, BadRoutedMessage::Format(ROUTED_FORMAT + 1)),
         (4, 0, BadRoutedMessage::Id(0)),
         (5, 0x10, BadRoutedMessage::Id(0x102c)),
     ] {
@@ -241,7 +241,7 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 0..60),
         hops in 0_u8..20,
     ) {
-        let framed = [&[FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 90]].concat();
+        let framed = [&[ROUTED_FORMAT, hops, 1, 0, 5, 1], bytes.as_slice(), &[7; 90]].concat();
         for bytes in [bytes, framed] {
             if let Ok(routed) = RoutedMessage::decode(&bytes) {
                 prop_assert_eq!(routed.encode(), bytes);

@@ -66,7 +66,7 @@ proptest! {
     #[test]
     fn no_message_causes_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let mut ipam = node(1);
-        let mut framed = vec![crate::ipam::message::FORMAT];
+        let mut framed = vec![crate::ipam::message::ALLOCATION_FORMAT];
         framed.extend(&bytes);
         let _ = ipam.handle_message(id(2), &framed, Instant::now());
         let _ = ipam.handle_message(id(2), &bytes, Instant::now());
