@@ -14,6 +14,7 @@ mod client;
 pub mod cni;
 mod command;
 mod container;
+mod duration;
 pub mod failure;
 pub mod options;
 mod presence;
@@ -27,7 +28,7 @@ mod systemd;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, FromArgMatches as _};
 use overnode_trust as trust;
 
 use crate::failure::Failure;
@@ -38,7 +39,7 @@ pub fn main() -> ExitCode {
     if cni::is_meant(std::env::args_os().next().as_deref()) {
         return cni::main();
     }
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(error) => return options::explain(&error),
     };
@@ -60,6 +61,15 @@ pub fn main() -> ExitCode {
             ExitCode::from(failure.exit())
         }
     }
+}
+
+/// Parses the command line. The option that turns off colors holds for help and errors, too.
+fn parse() -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    if std::env::args_os().any(|argument| argument == "--no-color") {
+        command = command.color(clap::ColorChoice::Never);
+    }
+    Cli::from_arg_matches(&command.try_get_matches()?)
 }
 
 fn run(cli: Cli) -> Result<String, Failure> {

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -16,6 +17,7 @@ use overnode_ebpf::reason::Reason;
 use overnode_types::name::Domain;
 use overnode_types::{NodeId, PublicKey};
 
+use crate::duration;
 use crate::failure::Failure;
 
 /// Joins the containers of many Linux hosts into one private, encrypted network
@@ -36,7 +38,7 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  host1 > (umask 077; overnode token > token)    # then copy the file to host2
+  host1 > overnode token --out token             # then copy the file to host2
   host1 > sudo overnode launch --id 1 --token-file token host1 host2
   host2 > sudo overnode launch --id 2 --token-file token host1 host2
   host1 > sudo overnode attach my-container
@@ -93,6 +95,9 @@ pub enum Command {
     Hide(Hide),
     Status(Status),
     /// Print everything the node knows as JSON, without secrets
+    #[command(after_help = "\
+Example:
+  sudo overnode inspect | jq .records")]
     Inspect,
     Monitor(Monitor),
     DnsAdd(DnsAdd),
@@ -102,13 +107,45 @@ pub enum Command {
     Reclaim(Reclaim),
     Reset(Reset),
     /// Start a node that was launched and is not running
+    #[command(after_help = "\
+Example:
+  sudo overnode resume")]
     Resume,
     #[command(subcommand)]
     Peer(Peer),
-    /// Print a new random token that cannot be guessed
-    Token,
+    Token(Token),
+    Completions(Completions),
     /// Print the versions of this command and of the daemon
+    #[command(after_help = "\
+Example:
+  overnode version")]
     Version,
+}
+
+/// Print a new random token that cannot be guessed, or write it to a file
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  overnode token --out token                     # readable by its owner only
+  overnode token | ssh host1 sudo overnode launch --id 1 --token-file - host1")]
+pub struct Token {
+    /// Create this file with the token; only its owner can read it
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// Print a script that completes commands and options in a shell
+///
+/// The Debian package installs the scripts for bash, zsh and fish.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  overnode completions bash > /etc/bash_completion.d/overnode
+  source <(overnode completions zsh)")]
+pub struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
 }
 
 /// Start this host's node and join the cluster
@@ -126,7 +163,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  (umask 077; overnode token > token)            # then copy the token to the other hosts
+  overnode token --out token                     # then copy the file to the other hosts
   sudo overnode launch --id 1 --token-file token host1 host2 host3
   ssh host1 cat token | sudo overnode launch --id 2 --token-file - host1")]
 pub struct Launch {
@@ -236,7 +273,7 @@ pub struct Forget {
 #[command(after_help = "\
 Examples:
   sudo overnode attach my-container            # a Docker or podman container, by name or ID
-  sudo overnode attach netns:blue --ip 10.32.0.7/12
+  sudo overnode attach netns:blue --ip 10.32.0.7
   sudo overnode attach pid:4711")]
 pub struct Attach {
     /// netns:NAME, netns:/path, pid:NUMBER, or a container's name or ID
@@ -244,7 +281,7 @@ pub struct Attach {
 
     /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the
     /// next free one]
-    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub ip: Option<IpNet>,
 
     /// A human-readable name, also for other containers in DNS [default: the container's name]
@@ -276,7 +313,7 @@ Examples:
 pub struct Expose {
     /// A static address, 10.32.0.1 to 10.39.239.255 unless the subnet was changed [default: the
     /// next free one]
-    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub ip: Option<IpNet>,
 
     /// A human-readable name, also for containers in DNS [default: none]
@@ -345,7 +382,7 @@ Examples:
   sudo overnode monitor
   sudo overnode monitor --reason spoofed --reason no-route
   sudo overnode monitor --events
-  sudo overnode monitor --json --for 60 > what-happened.jsonl")]
+  sudo overnode monitor --json --for 1m > what-happened.jsonl")]
 pub struct Monitor {
     /// Show dropped packets only
     #[arg(long)]
@@ -361,8 +398,8 @@ pub struct Monitor {
     pub reason: Vec<String>,
 
     /// Stop after this time [default: at Ctrl-C]
-    #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
-    pub seconds: Option<u64>,
+    #[arg(long = "for", value_name = "TIME", value_parser = duration::parse_positive)]
+    pub limit: Option<Duration>,
 
     /// Print machine-readable output: one JSON object per line
     #[arg(long)]
@@ -425,11 +462,11 @@ pub struct DnsLookup {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  sudo overnode prime --timeout 60 && sudo overnode attach my-container")]
+  sudo overnode prime --timeout 1m && sudo overnode attach my-container")]
 pub struct Prime {
     /// Give up after this time [default: never]
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<u64>,
+    #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+    pub timeout: Option<Duration>,
 }
 
 /// Reclaim the address space of a node that is gone for good
@@ -446,8 +483,8 @@ pub struct Reclaim {
     /// The ID of the node that is gone
     pub id: NodeId,
     /// Stop waiting after this time; the node continues in the background
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    pub timeout: u64,
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration::parse)]
+    pub timeout: Duration,
 }
 
 /// Stop and destroy the node
@@ -482,6 +519,9 @@ Example:
         public_key: PublicKey,
     },
     /// List the WireGuard peers
+    #[command(after_help = "\
+Example:
+  sudo overnode peer list --json")]
     List {
         /// Print machine-readable JSON
         #[arg(long)]
@@ -512,7 +552,7 @@ pub struct AddPeer {
     pub preshared_key_file: Option<PathBuf>,
 
     /// Send something at least this often
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "TIME", value_parser = duration::parse_seconds)]
     pub keepalive: Option<u16>,
 
     /// A human-readable name
@@ -652,12 +692,11 @@ fn interface(text: &str) -> Result<String, &'static str> {
     }
 }
 
+/// Parses an address, with or without the subnet's prefix length. The node adds a missing one.
 fn address(text: &str) -> Result<IpNet, String> {
-    if !text.contains('/') {
-        return Err(format!("the prefix length is missing: give the subnet's, as in {text}/12"));
-    }
-    text.parse().map_err(|_| {
-        "give an address with the subnet's prefix length, as in 10.32.0.7/12".to_owned()
+    let with_prefix = text.parse();
+    with_prefix.or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| {
+        "give an address, alone or with the subnet's prefix length, as in 10.32.0.7/12".to_owned()
     })
 }
 
@@ -713,7 +752,9 @@ mod tests {
         assert!(wrong("overnode connect").contains("<HOST>"));
         assert!(wrong("overnode connect host:6783").contains("without a port"));
         assert!(wrong("overnode attach pid:x").contains("netns:NAME"));
-        assert!(wrong("overnode attach netns:a --ip 10.32.0.7").contains("as in 10.32.0.7/12"));
+        assert!(wrong("overnode attach netns:a --ip 10.32.0").contains("as in 10.32.0.7/12"));
+        assert!(wrong("overnode monitor --for 0").contains("more than 0"));
+        assert!(wrong("overnode prime --timeout soon").contains("such as 500ms, 10s, 2m"));
         assert!(wrong("overnode attach netns:a --ip x/12").contains("as in 10.32.0.7/12"));
         assert!(wrong("overnode launch --id 1 --mtu 100").contains("576"));
         assert!(

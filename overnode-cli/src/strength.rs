@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn random_tokens_get_no_warning() {
         for _ in 0..300 {
-            let token = crate::command::token::run().unwrap();
+            let token = crate::command::token::random().unwrap();
             assert_eq!(weakness(token.trim_end()), None, "{token}");
         }
         // Sixteen bytes in hexadecimal, as printed by `openssl rand -hex 16`.

@@ -4,7 +4,11 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
+
+use clap::CommandFactory;
+use overnode_cli::options::Cli;
 
 use common::{Host, Outcome, install_overnode, overnode};
 
@@ -56,7 +60,10 @@ fn wrong_usage_exits_with_two_and_one_line() {
         (&["forget"], "HOST"),
         (&["attach"], "TARGET"),
         (&["attach", "pid:none"], "pid:NUMBER"),
-        (&["attach", "netns:a", "--ip", "10.32.0.7"], "10.32.0.7/12"),
+        (&["attach", "netns:a", "--ip", "10.32.0"], "10.32.0.7/12"),
+        (&["monitor", "--for", "0"], "more than 0"),
+        (&["prime", "--timeout", "soon"], "500ms, 10s, 2m"),
+        (&["completions", "tcsh"], "bash"),
         (&["attach", "netns:a", "--ip", "300.0.0.1/12"], "10.32.0.7/12"),
         (&["launch", "--id", "1", "--token", "t", "--dns-domain", "a..b"], "labels"),
         (&["launch", "--id", "1", "--token", "t", "--dns-domain", "a", "--no-dns"], "--no-dns"),
@@ -68,7 +75,7 @@ fn wrong_usage_exits_with_two_and_one_line() {
         (&["status", "--everything"], "--everything"),
         (&["monitor", "--reason", "boredom"], "no-route"),
         (&["monitor", "--for", "0"], "--for"),
-        (&["expose", "--ip", "10.32.0.7"], "10.32.0.7/12"),
+        (&["expose", "--ip", "10.32.0"], "10.32.0.7/12"),
         (&["hide", "10.32.0.7"], "10.32.0.7"),
         (&["peer", "add", "short", "--allowed-ips", "10.0.0.1/32"], "44 characters"),
         (&["peer", "add", KEY], "--allowed-ips"),
@@ -110,32 +117,21 @@ fn an_empty_token_from_the_environment_is_refused() {
 fn every_command_has_help_with_an_example() {
     let help = run(&["help"]);
     assert_eq!(help.code, 0);
-    let commands = [
-        "launch",
-        "connect",
-        "forget",
-        "attach",
-        "detach",
-        "expose",
-        "hide",
-        "status",
-        "monitor",
-        "dns-add",
-        "dns-remove",
-        "dns-lookup",
-        "prime",
-        "reclaim",
-        "reset",
-        "peer add",
-        "peer remove",
-    ];
+    let mut commands = Vec::new();
+    for command in Cli::command().get_subcommands() {
+        let name = command.get_name();
+        let inner: Vec<String> =
+            command.get_subcommands().map(|it| format!("{name} {}", it.get_name())).collect();
+        commands.extend(if inner.is_empty() { vec![name.to_owned()] } else { inner });
+    }
+    assert!(commands.len() > 20, "{commands:?}");
     for command in commands {
         assert!(help.stdout.contains(command.split(' ').next().unwrap()), "{command}");
         let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
         let outcome = run(&words);
         assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{command}");
         assert!(
-            outcome.stdout.contains(&format!("overnode {command} ")),
+            outcome.stdout.contains(&format!("overnode {command}")),
             "{command}: {}",
             outcome.stdout
         );
@@ -148,6 +144,40 @@ fn without_a_command_the_help_is_shown() {
     let outcome = run(&[]);
     assert_eq!(outcome.code, 2);
     assert!(outcome.stderr.contains("Usage: overnode"));
+}
+
+#[test]
+fn a_token_file_is_readable_by_its_owner_only_and_never_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    let arguments = ["token", "--out", file.to_str().unwrap()];
+    let outcome = run(&arguments);
+    assert_eq!((outcome.code, outcome.stdout.as_str()), (0, ""), "{}", outcome.stderr);
+    let token = fs::read_to_string(&file).unwrap();
+    assert_eq!(token.trim_end().len(), 40);
+    assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o600);
+    let again = run(&arguments);
+    assert!(again.error_line().contains("remove it first"));
+    assert_eq!(fs::read_to_string(&file).unwrap(), token);
+}
+
+#[test]
+fn shells_complete_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let outcome = run(&["completions", shell]);
+        assert_eq!(outcome.code, 0);
+        for word in ["launch", "token-file", "dns-lookup"] {
+            assert!(outcome.stdout.contains(word), "{shell} {word}");
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("overnode");
+    fs::write(&script, run(&["completions", "bash"]).stdout).unwrap();
+    let complete = "source \"$0\"; COMP_WORDS=(overnode dns-l); COMP_CWORD=1; \
+                    _overnode overnode dns-l overnode; echo \"${COMPREPLY[@]}\"";
+    let output =
+        std::process::Command::new("bash").args(["-c", complete]).arg(&script).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "dns-lookup", "{output:?}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn a_monitor_ends_on_a_signal_its_time_limit_or_a_closed_pipe() -> Result<()> {
             ensure!(status.success() && complaint.is_empty(), "{signal}: {status}, {complaint}");
         }
         let begun = Instant::now();
-        let (status, _) = watch(lab, host, &["--for", "1"])?.end()?;
+        let (status, _) = watch(lab, host, &["--for", "1s"])?.end()?;
         ensure!(status.success() && begun.elapsed() >= Duration::from_secs(1), "{status}");
         // A reader takes one line and closes the pipe.
         let mut command = host.command("overnode")?;
@@ -265,7 +265,7 @@ fn the_number_of_monitors_is_limited() -> Result<()> {
         ensure!(refused.contains("16 monitors"), "{refused}");
         watchers.pop();
         eventually(TIMEOUT, || {
-            Watcher::start_now(lab, host, &["monitor", "--for", "1"], TIMEOUT)?.end().and_then(
+            Watcher::start_now(lab, host, &["monitor", "--for", "1s"], TIMEOUT)?.end().and_then(
                 |(status, why)| {
                     ensure!(status.success(), "{why}");
                     Ok(())

@@ -1,6 +1,7 @@
 //! Implements the commands, with one module per command or pair of opposite commands.
 
 mod attach;
+mod completions;
 mod dns;
 mod inspect;
 mod launch;
@@ -52,7 +53,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<String, F
         Command::DnsLookup(wanted) => dns::lookup(context, wanted).await,
         Command::Resume => resume::run(context).await,
         Command::Peer(wanted) => peer::run(context, wanted).await,
-        Command::Token => token::run(),
+        Command::Token(wanted) => token::run(&wanted),
+        Command::Completions(wanted) => Ok(completions::run(&wanted)),
         Command::Version => version::run(context).await,
     }
 }

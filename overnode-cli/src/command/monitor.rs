@@ -1,7 +1,6 @@
 //! Implements `overnode monitor`.
 
 use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
 
 use overnode_api::{EventKind, MonitorEvent, routes};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,8 +19,8 @@ pub(super) async fn run(context: &Context, wanted: &Monitor) -> Result<String, F
     let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(no_signal)?;
     let end = async {
-        match wanted.seconds {
-            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
+        match wanted.limit {
+            Some(limit) => tokio::time::sleep(limit).await,
             None => std::future::pending().await,
         }
     };

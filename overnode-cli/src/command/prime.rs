@@ -23,12 +23,13 @@ pub(super) async fn run(context: &Context, wanted: &Prime) -> Result<String, Fai
         if primed.ready {
             return Ok(String::new());
         }
-        if let Some(seconds) = wanted.timeout
-            && begun.elapsed() >= Duration::from_secs(seconds)
+        if let Some(timeout) = wanted.timeout
+            && begun.elapsed() >= timeout
         {
             return Err(Failure::failed(format_args!(
-                "this node still cannot allocate addresses after {seconds} s: {}; see \
+                "this node still cannot allocate addresses after {}: {}; see \
                  `overnode status --ipam --connections`",
+                humantime::format_duration(timeout),
                 primed.waiting_for.as_deref().unwrap_or("it is waiting for address space")
             )));
         }

@@ -28,7 +28,7 @@ pub(super) async fn run(context: &Context, wanted: &Reclaim) -> Result<String, F
         if reclaimed.done {
             return Ok(format!("this node now owns the address space of node {}\n", reclaimed.id));
         }
-        if begun.elapsed() >= Duration::from_secs(wanted.timeout) {
+        if begun.elapsed() >= wanted.timeout {
             return Err(Failure::failed(format_args!(
                 "the address space of node {} is not reclaimed yet: these nodes still have to \
                  agree: {}; the node continues in the background while they are reachable, and \

@@ -131,8 +131,8 @@ pub struct Attach {
     /// it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<Netns>,
-    /// A static address with the subnet's prefix length. Default: the next free address of the
-    /// range.
+    /// A static address. A full-length prefix (/32 for IPv4) gets the subnet's length; any other
+    /// must have it. Default: the next free address of the range.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpNet>,
     /// The endpoint's name, within the limits of [`check_name`].
@@ -145,8 +145,7 @@ pub struct Attach {
 
 /// The CNI part of an [`Attach`].
 ///
-/// The target is the runtime's container. An address with a full-length prefix (/32 for IPv4) gets
-/// the subnet's prefix length. A name that is already in use is ignored.
+/// The target is the runtime's container. A name that is already in use is ignored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniAttach {

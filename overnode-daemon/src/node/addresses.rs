@@ -273,7 +273,7 @@ impl Addresses {
     /// Returns the static address that `attach` requests, if any.
     pub(super) fn wanted_address(&self, request: &api::Attach) -> Result<Option<IpAddr>, ApiError> {
         let Some(mut address) = request.address else { return Ok(None) };
-        if request.cni.is_some() && address.prefix_len() == address.max_prefix_len() {
+        if address.prefix_len() == address.max_prefix_len() {
             address = self.local.with_prefix(address.addr());
         }
         let subnet = self.local.identity.network.subnet;

@@ -97,7 +97,7 @@ impl Containers {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
         let exposed = attachments.into_iter().find(|it| it.kind() == Kind::Host);
         let as_asked = |it: &Attachment| {
-            request.address.is_none_or(|wanted| wanted == self.local.with_prefix(it.address))
+            request.address.is_none_or(|wanted| wanted.addr() == it.address)
                 && (request.name.is_none() || request.name == it.name)
         };
         match exposed {
