@@ -661,7 +661,7 @@ fn open_database(directory: &Path) -> Result<Database> {
 }
 
 /// Encodes a value as JSON, which is readable and lets fields be added without a new layout
-/// version.
+/// version. Records are in postcard and signed, so this does not hold for them.
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain data always encodes")
 }

@@ -44,6 +44,9 @@ macro_rules! for_each_map {
             COUNTERS: PerCpuArray, u32 => u64, REASON_SLOTS, Unmapped, 1, "programs";
             /// Allowance for cookie replies, see [`COOKIE_ALLOWANCE`].
             COOKIES: Array, u32 => u32, 1, Unmapped, 1, "programs";
+            /// Allowances for ICMP errors, by the low bits of the container's ifindex; see
+            /// [`ERROR_ALLOWANCE`].
+            ERRORS: Array, u32 => u32, ERROR_SLOTS, Unmapped, 1, "programs";
             /// Probes for the daemon: records of type [`Probe`].
             PROBES: RingBuf, () => (), PROBES_LEN, Unmapped, 1, "programs";
             /// Drops that may still be recorded, by [`Reason`](crate::reason::Reason).
@@ -343,6 +346,14 @@ pub const COOKIE_ALLOWANCE: u32 = 1024 * COOKIE_COST;
 /// Allowance that each cookie reply uses up, in units of 2^20 ns. After the burst, 953 replies per
 /// second pass.
 pub const COOKIE_COST: u32 = 1;
+
+/// Burst allowance for "host unreachable" to one container, in units of 2^20 ns: 32 errors at once.
+pub const ERROR_ALLOWANCE: u32 = 32 * ERROR_COST;
+/// Allowance that each such error uses up, in units of 2^20 ns. After the burst, 119 errors per
+/// second are sent.
+pub const ERROR_COST: u32 = 8;
+/// Entries of `ERRORS`. Containers whose interfaces differ by a multiple of it share an allowance.
+pub const ERROR_SLOTS: u32 = 256;
 
 /// Time after the last packet at which the offload veth counts as empty, whatever the counters say,
 /// in nanoseconds.

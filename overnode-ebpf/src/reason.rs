@@ -107,7 +107,7 @@ reasons! {
     Malformed = 17, "malformed", drop, worker;
     /// A container used a source IP or MAC address that is not its own.
     Spoofed = 18, "spoofed", drop, worker;
-    /// No known node owns the destination.
+    /// No known node owns the destination. Answered with ICMP "host unreachable" at a limited rate.
     NoRoute = 19, "no-route", drop, worker;
     /// There is no session with the peer yet.
     NoSession = 20, "no-session", drop, worker;
@@ -129,7 +129,8 @@ reasons! {
     Forged = 28, "forged", drop, worker;
     /// A peer used a source address that another node owns.
     ForeignSource = 29, "foreign-source", drop, opened;
-    /// The destination is not attached to this host.
+    /// The destination is not attached to this host. A container of this host gets ICMP "host
+    /// unreachable" as an answer, at a limited rate.
     NotHere = 30, "not-here", drop, opened;
     /// The underlay marked congestion, but the inner packet does not support ECN (RFC 6040).
     Congestion = 31, "congestion", drop, opened, worker;
@@ -137,8 +138,8 @@ reasons! {
     Fragment = 32, "fragment", drop;
     /// Arrived on an interface that the daemon has not configured.
     Unconfigured = 33, "unconfigured", drop;
-    /// A message has passed too many relays, probably in a loop. The TTL of the packet inside does not
-    /// matter.
+    /// A message has passed too many relays, probably in a loop. The TTL of the packet inside does
+    /// not matter.
     HopLimit = 34, "hop-limit", drop;
     /// A relayed message did not come from the address of the node named as its previous hop: nodes
     /// relay only for nodes of the cluster.

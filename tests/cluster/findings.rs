@@ -142,6 +142,16 @@ fn a_finding_names_the_reclaiming_node_not_the_messenger() -> Result<()> {
             ensure!(reclaimed[0]["by"] == 1, "{reclaimed}");
             Ok(())
         })?;
+        // A node that is gone for good is no problem any more.
+        for host in [one, two] {
+            eventually(TIMEOUT, || {
+                let health = host.status()?["health"].clone();
+                ensure!(health["level"] != "critical", "{}: {health}", host.name);
+                Ok(())
+            })?;
+            let table = host.overnode(&["status", "--peers"])?.success()?;
+            ensure!(table.contains("gone, reclaimed"), "{table}");
+        }
         lab.unplug(one)?;
         wait_for_peers(two, 1)?;
         // After a restart, node 6 asks its lender, node 2, whether it still has its borrowed

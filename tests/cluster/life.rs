@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::net::{IpAddr, TcpStream};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
@@ -389,6 +390,30 @@ fn nodes_with_later_ids_say_that_they_cannot_allocate_yet() -> Result<()> {
             "{complaint}"
         );
         assert_eq!(container.netns().interfaces()?, Vec::<String>::new());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_connection_to_an_address_that_nobody_has_fails_at_once() -> Result<()> {
+    in_lab(Lab::new("nobody").hosts(2), |lab| {
+        launch_all(lab)?;
+        let [one, two] = [lab.host(1), lab.host(2)];
+        let [here, there] = [attached(one, "a")?, attached(two, "b")?];
+        all_reach_all(&[here, there])?;
+        let client = attached(one, "c")?;
+        // A static address that no node has claimed, and an address of this node's own space.
+        for address in ["10.33.0.9", "10.40.77.7"] {
+            let begun = Instant::now();
+            let address: IpAddr = address.parse()?;
+            let connected = client.netns().enter(|| {
+                Ok(TcpStream::connect_timeout(&(address, 80).into(), Duration::from_secs(20)))
+            })?;
+            let error = connected.err().context("somebody has the address")?;
+            let took = begun.elapsed();
+            ensure!(error.kind() == ErrorKind::HostUnreachable, "{address}: {error}");
+            ensure!(took < Duration::from_secs(2), "{address}: it took {took:?}");
+        }
         Ok(())
     })
 }

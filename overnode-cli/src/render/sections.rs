@@ -27,7 +27,7 @@ pub(super) fn health(status: &Status, style: Style) -> String {
         pairs.push((name, Cell::new(format!("{}{gap}{}", finding.what, finding.advice), tone)));
     }
     if pairs.is_empty() {
-        let others = status.peers.iter().filter(|peer| !peer.myself).count();
+        let others = status.peers.iter().filter(|peer| !peer.myself && !peer.reclaimed).count();
         let nodes = match others {
             0 => "no other node is known yet".to_owned(),
             1 => "the other node is reachable".to_owned(),
@@ -469,6 +469,7 @@ fn reachability(peer: &PeerStatus) -> Cell {
         return Cell::new("this node", Tone::Good);
     }
     match (peer.reachable, peer.path) {
+        _ if peer.reclaimed => "gone, reclaimed".into(),
         (Some(true), Some(Path::Direct)) => Cell::new("direct", Tone::Good),
         (Some(true), Some(Path::Via(node))) => Cell::new(format!("via {node}"), Tone::Wait),
         (state, _) => reachable(state),

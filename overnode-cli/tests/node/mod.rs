@@ -107,6 +107,7 @@ pub(crate) fn sample() -> Status {
         myself: true,
         reachable: Some(true),
         since_seconds: Some(12_345),
+        reclaimed: false,
         path: None,
         address: Some("10.39.240.1".parse().unwrap()),
         underlay: vec!["192.0.2.11:6783".parse().unwrap()],

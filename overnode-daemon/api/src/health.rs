@@ -110,8 +110,11 @@ fn unless_here<'a>(status: &Status, advice: &'a str) -> &'a str {
 }
 
 fn unreachable(status: &Status, findings: &mut Vec<Finding>) {
-    let lost: Vec<&PeerStatus> =
-        status.peers.iter().filter(|peer| !peer.myself && peer.reachable == Some(false)).collect();
+    let lost: Vec<&PeerStatus> = status
+        .peers
+        .iter()
+        .filter(|peer| peer.reachable == Some(false) && !peer.reclaimed)
+        .collect();
     let (what, advice) = match lost[..] {
         [] => return,
         [one] => {

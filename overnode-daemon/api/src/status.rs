@@ -153,6 +153,9 @@ pub struct PeerStatus {
     pub reachable: Option<bool>,
     /// How long `reachable` has had this value, in seconds.
     pub since_seconds: Option<u64>,
+    /// Whether its address space was reclaimed, because it is gone for good.
+    #[serde(default)]
+    pub reclaimed: bool,
     /// The path of control messages to the node; absent for this node and for an unreachable one.
     pub path: Option<Path>,
     /// Its own address in the container network.

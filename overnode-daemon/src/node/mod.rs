@@ -7,7 +7,8 @@
 //! | --- | --- |
 //! | `event_loop.rs` | the loop: gives each input to a part, and routes the effects of all parts |
 //! | `start.rs` | the steps from a stored identity to a running node |
-//! | `requests.rs`, `launch.rs`, `reset.rs` | requests of the command: those for the process, those that wait, those for one part |
+//! | `requests.rs` | gives each request of the command to a part; keeps answers that wait |
+//! | `launch.rs`, `reset.rs` | requests that start and end a node |
 //! | `control_plane.rs` | gossip, control connections, dialing |
 //! | `data_plane/` | peers, sessions, paths, routes |
 //! | `bulk.rs` | the workers for bulk flows |

@@ -114,6 +114,7 @@ impl View<'_> {
                     reachable: Some(reachable),
                     since_seconds: reach
                         .map(|(_, since)| now.saturating_duration_since(since).as_secs()),
+                    reclaimed: !reachable && self.addresses.ipam.is_gone_for_good(record.id),
                     path: paths.get(&record.id).filter(|_| reachable && !myself).map(path),
                     address: Some(self.addresses.ipam.layout().node_address(record.id)),
                     underlay: record.addresses.clone(),

@@ -68,6 +68,14 @@ pub fn leaving(skb: Skb, own: u32) -> Result<Leaving, Reason> {
     Ok(Leaving { source, destination, route, tos, len })
 }
 
+/// Returns true if a packet that [`leaving`] has read is for the address of a node.
+#[inline(always)]
+pub fn is_to_node(skb: Skb) -> Result<bool, Reason> {
+    let ip = at::<Ipv4>(skb, ETHERNET_LEN)?;
+    // SAFETY: `at` has checked the bounds.
+    Ok(Nodes::new()?.contain(unsafe { (*ip).destination }))
+}
+
 /// Returns the local route of an inner packet from a peer, if the peer may send it there. Returns
 /// `None` if the packet is from a node to this node itself.
 #[inline(always)]

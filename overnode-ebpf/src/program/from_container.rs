@@ -1,7 +1,7 @@
 //! Processes packets from containers: checks the sender and routes the packet.
 
 use aya_ebpf::helpers::generated::bpf_skb_change_type;
-use overnode_ebpf::map::{Endpoint, ROUTE_HOST, ROUTE_PEER, Route};
+use overnode_ebpf::map::{Endpoint, PROGRAM_FROM_CONTAINER, ROUTE_HOST, ROUTE_PEER, Route};
 use overnode_ebpf::reason::Reason;
 use overnode_ebpf::wire::{ETHERNET_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, UDP_LEN};
 
@@ -10,7 +10,7 @@ use super::frame::{
     Ethernet, Frame, Ipv4, Mac, PACKET_HOST, PROTOCOL_TCP, PROTOCOL_UDP, Skb, at,
     has_partial_checksum, redirect, redirect_peer, redirect_to_container,
 };
-use super::{Verdict, arp, bulk, maps, offload_veth, partial_checksum, seal, too_big};
+use super::{Verdict, arp, bulk, dropped, icmp_error, maps, offload_veth, partial_checksum, seal};
 
 pub fn run(skb: Skb) -> Result<Verdict, Reason> {
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::Unconfigured)?;
@@ -40,7 +40,16 @@ pub fn run(skb: Skb) -> Result<Verdict, Reason> {
 #[inline(always)]
 fn ipv4(skb: Skb, endpoint: &Endpoint) -> Result<Verdict, Reason> {
     let own = maps::v4(&endpoint.address).ok_or(Reason::Spoofed)?;
-    let leaving = checks::leaving(skb, own)?;
+    let leaving = match checks::leaving(skb, own) {
+        Ok(leaving) => leaving,
+        // A node's own address is for DNS. While the daemon restarts, queries must be lost: a
+        // resolver would take an error for an answer.
+        Err(reason @ (Reason::NoRoute | Reason::NotHere)) if !checks::is_to_node(skb)? => {
+            let drop = || dropped::<PROGRAM_FROM_CONTAINER>(skb, reason);
+            return icmp_error::unreachable(skb, endpoint, reason, drop);
+        }
+        Err(reason) => return Err(reason),
+    };
     if leaving.route.kind == ROUTE_PEER {
         remote(skb, endpoint, &leaving)
     } else {
@@ -82,7 +91,7 @@ fn remote(skb: Skb, endpoint: &Endpoint, leaving: &Leaving) -> Result<Verdict, R
     let config = maps::config().ok_or(Reason::Unconfigured)?;
     let inner_len = largest(skb)?;
     if inner_len > mtu {
-        return too_big::answer(skb, endpoint, config, mtu);
+        return icmp_error::too_big(skb, endpoint, config, mtu);
     }
     if let Some(sent) = bulk::steer(skb, index) {
         return Ok(sent);

@@ -9,8 +9,8 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use overnode_ebpf::map::{
     Address, BULK_FLOW_SLOTS, BULK_MESSAGE_SLOTS, BULK_WORKER_SLOTS, BulkFlow, BulkFlowKey,
     BulkMessage, BulkPeer, BulkRing, BulkWorker, Config, DROPS_LEN, Dropped, ENDPOINT_SLOTS,
-    Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS, Resolver,
-    Route, SESSION_SLOTS, Session,
+    ERROR_SLOTS, Endpoint, LOCAL_ADDRESS_SLOTS, PEER_SLOTS, PROBES_LEN, Peer, Probe, ROUTE_SLOTS,
+    Resolver, Route, SESSION_SLOTS, Session,
 };
 use overnode_ebpf::reason::{REASON_SLOTS, Reason};
 
@@ -95,6 +95,13 @@ pub fn add_bulk_flow(key: &BulkFlowKey, flow: &BulkFlow) {
 #[inline(always)]
 pub fn cookies_until() -> Option<*mut u32> {
     COOKIES.get_ptr_mut(0)
+}
+
+/// Returns the time up to which ICMP errors to the container of an interface have used up their
+/// allowance.
+#[inline(always)]
+pub fn errors_until(ifindex: u32) -> Option<*mut u32> {
+    ERRORS.get_ptr_mut(ifindex % ERROR_SLOTS)
 }
 
 /// Takes `cost` from an allowance of `most` units, which refills by one unit every 2^20 ns. `until`

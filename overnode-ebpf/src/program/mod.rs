@@ -20,6 +20,7 @@ pub mod from_bulk;
 pub mod from_container;
 pub mod from_underlay;
 pub mod handshake;
+pub mod icmp_error;
 pub mod log;
 pub mod maps;
 pub mod offload_veth;
@@ -31,7 +32,6 @@ pub mod resolver;
 pub mod seal;
 pub mod tailroom;
 pub mod to_container;
-pub mod too_big;
 
 /// Return values of `bpf_loop` callbacks (Linux 5.17): continue or stop.
 const CONTINUE: i64 = 0;
@@ -65,10 +65,16 @@ pub fn finish<const PROGRAM: u32>(frame: impl Frame, result: Result<Verdict, Rea
             frame.drop()
         }
         Err(reason) => {
-            maps::count(reason);
-            record::dropped(frame, reason, PROGRAM);
-            log::dropped::<PROGRAM>(frame, reason);
+            dropped::<PROGRAM>(frame, reason);
             frame.drop()
         }
     }
+}
+
+/// Counts and records a packet that is not delivered.
+#[inline(always)]
+pub fn dropped<const PROGRAM: u32>(frame: impl Frame, reason: Reason) {
+    maps::count(reason);
+    record::dropped(frame, reason, PROGRAM);
+    log::dropped::<PROGRAM>(frame, reason);
 }

@@ -8,8 +8,8 @@ use overnode_ebpf::reason::Reason;
 use crate::packet::{ethernet, from_container, ipv4, ipv4_with, set_ipv4_checksum, to_remote};
 use crate::world::{
     CONTAINER, CONTAINER_MAC, GATEWAY_MAC, Hook, IFINDEX, MTU, NEIGHBOUR, NEIGHBOUR_GATEWAY_MAC,
-    NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, NODE, PEER, REMOTE, TC_ACT_REDIRECT, TC_ACT_SHOT, UNATTACHED,
-    Underlay, World,
+    NEIGHBOUR_IFINDEX, NEIGHBOUR_MAC, NODE, OTHER_PEER_NODE, PEER, REMOTE, TC_ACT_REDIRECT,
+    TC_ACT_SHOT, UNATTACHED, Underlay, World,
 };
 
 #[test]
@@ -72,16 +72,54 @@ fn spoofed_packets_are_dropped() {
 fn destinations_without_an_owner_are_refused() {
     let mut world = World::new(Underlay::V4);
     let to = |destination: [u8; 4]| from_container(&ipv4(CONTAINER, destination.into(), 64));
-    world.expect_drop("from_container", &to([10, 46, 0, 1]), Reason::NoRoute);
-    world.expect_drop("from_container", &to([192, 0, 2, 1]), Reason::NoRoute);
-    world.expect_drop("from_container", &to([127, 0, 0, 1]), Reason::NoRoute);
-    world.expect_drop("from_container", &to(UNATTACHED.octets()), Reason::NotHere);
+    let answered = |world: &World, destination: [u8; 4], reason| {
+        let packet = ipv4(CONTAINER, destination.into(), 64);
+        expect_unreachable(world, &packet, reason);
+    };
+    answered(&world, [10, 46, 0, 1], Reason::NoRoute);
+    answered(&world, [192, 0, 2, 1], Reason::NoRoute);
+    answered(&world, [127, 0, 0, 1], Reason::NoRoute);
+    answered(&world, UNATTACHED.octets(), Reason::NotHere);
+    // While a daemon restarts, its name server is away, and resolvers must repeat their queries.
+    world.expect_drop("from_container", &to(OTHER_PEER_NODE.octets()), Reason::NoRoute);
     world.change_peer(PEER, |peer| peer.present = 0);
     world.expect_drop("from_container", &to(REMOTE.octets()), Reason::NoRoute);
     world.remove_endpoint(NEIGHBOUR_IFINDEX);
     world.expect_drop("from_container", &to(NEIGHBOUR.octets()), Reason::NotHere);
     world.set_route(Ipv4Addr::new(10, 46, 0, 0), 16, 77, 1);
-    world.expect_drop("from_container", &to([10, 46, 0, 1]), Reason::NoRoute);
+    answered(&world, [10, 46, 0, 1], Reason::NoRoute);
+}
+
+#[test]
+fn answers_to_packets_that_nobody_gets_are_limited() {
+    let world = World::new(Underlay::V4);
+    let to = Ipv4Addr::new(10, 46, 0, 1);
+    // No answer to ICMP errors and to later fragments.
+    let mut fragment = ipv4(CONTAINER, to, 64);
+    fragment[7] = 1;
+    set_ipv4_checksum(&mut fragment);
+    world.expect_drop("from_container", &from_container(&fragment), Reason::NoRoute);
+    for kind in [3, 4, 5, 11, 12] {
+        let mut error = vec![0; 64];
+        error[0] = kind;
+        let packet = from_container(&ipv4_with(CONTAINER, to, 1, &error));
+        world.expect_drop("from_container", &packet, Reason::NoRoute);
+    }
+    let frame = from_container(&ipv4(CONTAINER, to, 64));
+    let before = world.count(Reason::NoRoute);
+    let answers =
+        (0..200).filter(|_| world.run("from_container", &frame).verdict == TC_ACT_REDIRECT).count();
+    assert!((32..100).contains(&answers), "{answers} answers at once");
+    assert_eq!(world.count(Reason::NoRoute), before + 200, "each packet is counted once");
+}
+
+/// Checks that `packet` is counted as dropped, and answered with an ICMP "host unreachable".
+#[track_caller]
+fn expect_unreachable(world: &World, packet: &[u8], reason: Reason) {
+    let before = world.count(reason);
+    let output = world.run("from_container", &from_container(packet));
+    assert_eq!((output.verdict, world.count(reason)), (TC_ACT_REDIRECT, before + 1));
+    expect_error(&output.frame, packet, [3, 1], 0);
 }
 
 #[test]
@@ -226,19 +264,27 @@ fn expect_fragmentation_needed(world: &World, packet: &[u8], gso_size: u32, mtu:
     let output = world.run_gso("from_container", &from_container(packet), gso_size);
     assert_eq!(output.verdict, TC_ACT_REDIRECT);
     assert_eq!(world.counts(), [(Reason::TooBig, before + 1)]);
-    assert_eq!(output.frame[..14], ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &[]));
-    let ip = &output.frame[14..];
+    expect_error(&output.frame, packet, [3, 4], mtu);
+}
+
+/// Checks that `frame` is an ICMP error about `packet` with this type and code.
+#[track_caller]
+fn expect_error(frame: &[u8], packet: &[u8], code: [u8; 2], mtu: u16) {
+    assert_eq!(frame[..14], ethernet(CONTAINER_MAC, GATEWAY_MAC, 0x0800, &[]));
+    let ip = &frame[14..];
     assert_eq!(ip.len(), 20 + 8 + 68);
     assert_eq!(ip[..10], [0x45, 0, 0, 96, 0, 0, 0, 0, 64, 1]);
     assert_eq!(ip[12..16], NODE.octets());
     assert_eq!(ip[16..20], CONTAINER.octets());
     assert_eq!(checksum(&[&ip[..20]]), 0, "header checksum");
     let icmp = &ip[20..];
-    assert_eq!(icmp[..2], [3, 4], "type and code");
+    assert_eq!(icmp[..2], code, "type and code");
     assert_eq!(icmp[4..6], [0, 0], "unused");
     assert_eq!(icmp[6..8], mtu.to_be_bytes(), "next-hop MTU");
     assert_eq!(checksum(&[icmp]), 0, "ICMP checksum");
-    assert_eq!(icmp[8..], packet[..68], "the quoted packet");
+    let quoted = packet.len().min(68);
+    assert_eq!(icmp[8..8 + quoted], packet[..quoted], "the quoted packet");
+    assert!(icmp[8 + quoted..].iter().all(|byte| *byte == 0), "nothing else is told");
 }
 
 fn tcp(len: usize, header: u8) -> Vec<u8> {

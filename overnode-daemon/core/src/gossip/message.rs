@@ -1,6 +1,7 @@
 //! Messages between neighbors, and their bounds.
 //!
-//! On the wire: the version of the format (one byte, [`GOSSIP_FORMAT`]), then a [`Message`] in postcard.
+//! On the wire: the version of the format (one byte, [`GOSSIP_FORMAT`]), then a [`Message`] in
+//! postcard.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -139,8 +140,8 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {GOSSIP_FORMAT}; upgrade overnode on the \
-         older host"
+        "a message in format {0}, but this build reads format {GOSSIP_FORMAT}; upgrade overnode \
+         on the older host"
     )]
     Format(u8),
     /// The message cannot be decoded.

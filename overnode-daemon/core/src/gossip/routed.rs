@@ -8,10 +8,10 @@
 //! incarnation. After a restart the receiver has forgotten which messages have arrived, but
 //! messages recorded before it are no longer valid.
 //!
-//! On the wire, with big-endian integers: [`ROUTED_FORMAT`], hops (u8), kind (u8), from and to (u16 each),
-//! the sender's incarnation, number, and the receiver's incarnation (u64 each), the signature (64
-//! bytes), then the body. The signature covers everything except the format, the hops and itself,
-//! after the label `overnode routed v2`.
+//! On the wire, with big-endian integers: [`ROUTED_FORMAT`], hops (u8), kind (u8), from and to
+//! (u16 each), the sender's incarnation, number, and the receiver's incarnation (u64 each), the
+//! signature (64 bytes), then the body. The signature covers everything except the format, the hops and
+//! itself, after the label `overnode parcel v2`.
 
 use std::time::Instant;
 
@@ -67,8 +67,8 @@ pub enum BadRoutedMessage {
     Short,
     /// The message is in another version of the format.
     #[error(
-        "a routed message in format {0}, but this build reads format {ROUTED_FORMAT}; upgrade overnode on \
-         the older host"
+        "a routed message in format {0}, but this build reads format {ROUTED_FORMAT}; upgrade \
+         overnode on the older host"
     )]
     Format(u8),
     /// The number of hops is 0 or beyond [`MAX_HOPS`].

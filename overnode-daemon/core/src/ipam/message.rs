@@ -1,6 +1,7 @@
 //! Messages between the address allocations of two nodes, and their bounds.
 //!
-//! On the wire: the version of the format (one byte, [`ALLOCATION_FORMAT`]), then a [`Message`] in postcard.
+//! On the wire: the version of the format (one byte, [`ALLOCATION_FORMAT`]), then a [`Message`] in
+//! postcard.
 //! Any message may be lost, repeated, reordered, or arrive days late.
 
 use std::net::IpAddr;
@@ -307,8 +308,8 @@ pub enum BadMessage {
     Empty,
     /// The message is in another version of the format.
     #[error(
-        "a message in format {0}, but this build reads format {ALLOCATION_FORMAT}; upgrade overnode on the \
-         older host"
+        "a message in format {0}, but this build reads format {ALLOCATION_FORMAT}; upgrade \
+         overnode on the older host"
     )]
     Format(u8),
     /// The message cannot be decoded.

@@ -46,6 +46,12 @@ impl Ipam {
             .map(|(id, tombstone)| (*id, tombstone.incarnation, tombstone.by))
     }
 
+    /// Returns true if the node is gone for good: its space was reclaimed, and it has not been
+    /// launched again.
+    pub fn is_gone_for_good(&self, id: NodeId) -> bool {
+        self.peers.get(&id).is_some_and(|peer| self.is_reclaimed(id, peer.incarnation))
+    }
+
     pub(super) fn is_reclaimed(&self, id: NodeId, incarnation: u64) -> bool {
         self.reclaiming
             .tombstones
