@@ -20,6 +20,7 @@ use crate::datapath::{self, Datapath, EndPlacement, KnownEndpoint, NetnsRef};
 use crate::failpoint;
 use crate::store::{Store, StoreError};
 use overnode_core::attachment::{self, Attachment, Kind, Owner};
+use overnode_core::docker::NAME;
 
 use docker::DockerSide;
 
@@ -46,6 +47,9 @@ pub(super) enum Effect {
     NetworkRemoved(Result<(), String>),
 }
 
+/// Digits of a container's ID that an engine shows.
+const SHORT_ID: usize = 12;
+
 /// Returns the network namespace of the container, or `None` for the host.
 fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
     if request.target == Target::Host {
@@ -59,6 +63,35 @@ fn netns_of(request: &api::Attach) -> Result<Option<NetnsRef>, ApiError> {
              {{\"pid\": N}}",
             request.target
         ))),
+    }
+}
+
+/// Returns true if the attachment is of this target. An engine reports the first digits of a
+/// container's ID, and a user may give all of them.
+fn is_of(known: &Attachment, target: &Target) -> bool {
+    let target = target.to_string();
+    let is_long = known.target.len() >= SHORT_ID;
+    known.target == target
+        || known.kind() == Kind::Docker && is_long && target.starts_with(&known.target)
+}
+
+/// Returns what to run to take a container out of the network that an engine attached. `None` if
+/// `overnode detach` does.
+fn engine_command(known: &Attachment) -> Option<String> {
+    let name = known.name.as_ref().unwrap_or(&known.target);
+    match &known.owner {
+        Owner::Netns | Owner::Host => None,
+        Owner::Docker { endpoint, .. } => {
+            let network = endpoint.as_ref().map_or(NAME, |endpoint| {
+                endpoint.network.get(..SHORT_ID).unwrap_or(&endpoint.network)
+            });
+            Some(format!("to take it out, run `docker network disconnect {network} {name}`"))
+        }
+        Owner::Cni(endpoint) => Some(format!(
+            "its runtime takes it out of the network {} when it stops the container, as with \
+             `podman stop {name}`",
+            endpoint.network
+        )),
     }
 }
 
@@ -120,7 +153,17 @@ impl Containers {
     /// Refuses requests that no address could satisfy.
     pub(super) fn check_attach(&self, request: &api::Attach) -> Result<(), ApiError> {
         let attachments = self.store.attachments().map_err(ApiError::failed)?;
-        let known = attachments.iter().find(|known| known.target == request.target.to_string());
+        let known = attachments.iter().find(|known| is_of(known, &request.target));
+        if let Some(known) = known
+            && request.cni.is_none()
+            && let Some(command) = engine_command(known)
+        {
+            return Err(ApiError::refused(format_args!(
+                "{} is in the container network already, as {}, because its engine attached it: \
+                 {command}",
+                request.target, known.address
+            )));
+        }
         if let (Some(known), Some(_)) = (known, &request.cni) {
             return Err(ApiError::refused(format_args!(
                 "{} is already attached as {}: a container can join the network only once; \
@@ -310,7 +353,7 @@ impl Containers {
         }
         let known = attachments
             .iter()
-            .find(|known| known.target == wanted)
+            .find(|known| is_of(known, &request.target))
             .or_else(|| attachments.iter().find(|known| known.name.as_ref() == Some(&wanted)));
         let Some(known) = known else {
             if request.target == Target::Host {
@@ -322,10 +365,10 @@ impl Containers {
                 "{wanted} is not attached: `overnode status --endpoints` lists the endpoints"
             )));
         };
-        if !matches!(known.kind(), Kind::Netns | Kind::Host) {
+        if let Some(command) = engine_command(known) {
             return Err(ApiError::refused(format_args!(
-                "{wanted} was not attached by `overnode attach`: the engine that attached it \
-                 detaches it when its container stops"
+                "{} was not attached by `overnode attach`, but by its engine: {command}",
+                request.target
             )));
         }
         self.remove(known, datapath, addresses).await?;
