@@ -87,6 +87,8 @@ pub struct Global {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Launch(Launch),
+    Set(Set),
+    Get(Get),
     Connect(Connect),
     Forget(Forget),
     Attach(Attach),
@@ -153,7 +155,8 @@ pub struct Completions {
 /// The given hosts become the node's targets: the node dials them and keeps trying. They need not
 /// be reachable or even exist. A node that is its own target skips itself. Launching a running node
 /// again adds the hosts to its targets. Launching a stopped node again starts it with these hosts
-/// as targets, or with its previous targets if no host is given.
+/// as targets, or with its previous targets if no host is given. In both cases, the given options
+/// change the node's settings, as `overnode set` does, and the others stay as they are.
 ///
 /// All nodes of a cluster have the same token, and each node has its own ID. Nodes 1 to 4 can give
 /// addresses to containers by themselves.
@@ -206,9 +209,9 @@ pub struct Launch {
     #[arg(long, requires = "interface")]
     pub xdp: bool,
 
-    /// Userspace workers for bulk flows: off, or the cipher that they seal with
-    #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Mode::Auto)]
-    pub bulk: Mode,
+    /// Userspace workers for bulk flows: off, or the cipher that they seal with [default: auto]
+    #[arg(long, value_name = "CIPHER", value_enum)]
+    pub bulk: Option<Mode>,
 
     /// Number of userspace workers, 1 to 16, one core each [default: half of the cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
@@ -234,6 +237,37 @@ pub struct Launch {
     /// Targets: host names or IP addresses
     #[arg(value_name = "HOST")]
     pub hosts: Vec<Host>,
+}
+
+/// Change settings of the node, all of the given ones or none
+///
+/// The node restarts with the new settings; containers keep communicating. `default` stands for the
+/// default of any setting. `overnode get` lists the settings and their values. ID, token, subnet
+/// and range are fixed at the launch.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode set mtu=1300
+  sudo overnode set bulk=off discovery=default
+  sudo overnode set interface=eth1 xdp=on")]
+pub struct Set {
+    /// Settings with their new values
+    #[arg(value_name = "KEY=VALUE", required = true, value_parser = setting)]
+    pub changes: Vec<(String, String)>,
+}
+
+/// Print the settings of the node
+///
+/// Prints all settings as KEY=VALUE, one per line, or the value of one.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo overnode get
+  sudo overnode get mtu")]
+pub struct Get {
+    /// The setting to print [default: all]
+    #[arg(value_name = "KEY")]
+    pub key: Option<String>,
 }
 
 /// Add targets: hosts that this node dials
@@ -665,6 +699,13 @@ fn width() -> Option<u16> {
 fn name(text: &str) -> Result<String, String> {
     overnode_api::check_name(text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
+}
+
+fn setting(text: &str) -> Result<(String, String), &'static str> {
+    let (key, value) = text
+        .split_once('=')
+        .ok_or("give KEY=VALUE, such as mtu=1300; `overnode get` lists the keys")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
 fn reason(text: &str) -> Result<String, String> {

@@ -342,6 +342,7 @@ fn a_running_node_is_not_started_again() {
                 id: launch.id,
                 nickname: "host1".into(),
                 targets: launch.hosts,
+                changed: Vec::new(),
             }))
         }
         other => panic!("unexpected: {other:?}"),
@@ -365,6 +366,7 @@ fn with_launch() -> Canned {
             id: launch.id,
             nickname: "host1".into(),
             targets: launch.hosts,
+            changed: Vec::new(),
         })),
         other => panic!("unexpected: {other:?}"),
     })

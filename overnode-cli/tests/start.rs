@@ -91,6 +91,7 @@ fn answer(
                     id: wanted.id,
                     nickname: "host1".into(),
                     targets: wanted.hosts,
+                    changed: Vec::new(),
                 })
             })
         }
@@ -277,6 +278,7 @@ fn the_slower_of_two_concurrent_launches_uses_the_other_daemon() {
                 id: wanted.id,
                 nickname: "host1".into(),
                 targets: wanted.hosts,
+                changed: Vec::new(),
             }))
         }
         other => panic!("unexpected: {other:?}"),

@@ -47,7 +47,7 @@ fn wrong_usage_is_refused_before_anything_is_done() -> Result<()> {
             (&["connect"], &["HOST"]),
             (&["forget"], &["HOST"]),
             (&["attach"], &["TARGET"]),
-            (&["attach", "netns:x", "--ip", "10.33.0.1"], &["/"]),
+            (&["attach", "netns:x", "--ip", "10.33.0"], &["/"]),
             (&["attach", "netns:x", "--ip", "nonsense"], &["ip"]),
             (&["attach", "pid:abc"], &["pid"]),
             (&["detach"], &["TARGET"]),

@@ -417,3 +417,56 @@ fn a_connection_to_an_address_that_nobody_has_fails_at_once() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn settings_change_under_traffic_and_a_bad_one_changes_nothing() -> Result<()> {
+    in_lab(Lab::new("settings").hosts(2), |lab| {
+        launch_all(lab)?;
+        let [one, two] = [lab.host(1), lab.host(2)];
+        let containers = [attached(one, "a")?, attached(two, "b")?];
+        all_reach_all(&containers)?;
+        let pings = containers[0].start_pinging(containers[1].address(), 10 * MILLISECOND)?;
+
+        let said = one.overnode(&["set", "mtu=1300", "bulk=off", "discovery=off"])?.success()?;
+        ensure!(said.contains("mtu=1300") && said.contains("bulk=off"), "{said}");
+        let status = one.status()?;
+        ensure!(status["node"]["mtu"] == 1300, "{}", status["node"]);
+        ensure!(status["node"]["settings"].to_string().contains("discovery=off"), "{status}");
+        ensure!(one.overnode(&["get", "bulk"])?.success()? == "off\n");
+        let table = one.overnode(&["status"])?.success()?;
+        ensure!(table.contains("mtu=1300"), "{table}");
+        let same = one.overnode(&["set", "mtu=1300"])?.success()?;
+        ensure!(same.contains("nothing to change"), "{same}");
+
+        // A launch does the same, and leaves alone what it does not name.
+        let words = ["launch", "--id", "1", "--token", TOKEN, "--mtu", "1280"];
+        let said = one.overnode(&words)?.success()?;
+        ensure!(said.contains("restarted with mtu=1280"), "{said}");
+        ensure!(one.overnode(&["get", "bulk"])?.success()? == "off\n");
+
+        // All or nothing.
+        for (words, why) in [
+            (&["set", "mtu=1400", "bulk=maybe"][..], "off, auto, chacha, aes"),
+            (&["set", "subnet=10.0.0.0/8"], "there is no setting"),
+            (&["set", "xdp=on"], "interface=NAME"),
+            (&["set", "mtu"], "KEY=VALUE"),
+            (&["get", "colour"], "there is no setting"),
+        ] {
+            let complaint = one.overnode(words)?.complaint()?;
+            ensure!(complaint.contains(why), "{words:?}: {complaint}");
+        }
+        let complaint = one.overnode(&["set", "interface=nosuch0"])?.failure(1)?;
+        ensure!(complaint.contains("there is no interface nosuch0"), "{complaint}");
+        ensure!(complaint.contains("nothing was changed"), "{complaint}");
+        ensure!(one.overnode(&["get", "interface"])?.success()? == "auto\n");
+        ensure!(one.overnode(&["get", "mtu"])?.success()? == "1280\n");
+
+        one.overnode(&["set", "mtu=default", "bulk=default", "discovery=default"])?.success()?;
+        let settings = one.status()?["node"]["settings"].clone();
+        ensure!(settings.as_array().is_some_and(Vec::is_empty), "{settings}");
+        all_reach_all(&containers)?;
+        let pings = pings.stop()?;
+        ensure!(pings.lost() == 0, "{pings:?}");
+        Ok(())
+    })
+}

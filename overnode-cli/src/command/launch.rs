@@ -34,7 +34,7 @@ pub(super) async fn run(context: &Context, wanted: Launch) -> Result<String, Fai
         mtu: wanted.mtu,
         discovery: wanted.no_discovery.then_some(false),
         xdp: wanted.xdp,
-        bulk: Some(wanted.bulk),
+        bulk: wanted.bulk,
         bulk_workers: wanted.bulk_workers,
         dns: wanted.no_dns.then_some(false),
         dns_domain: wanted.dns_domain,
@@ -116,11 +116,13 @@ fn readable(wanted: &Launch) -> Option<String> {
 }
 
 fn describe(launched: &Launched) -> String {
-    let Launched { outcome, id, nickname, targets } = launched;
+    let Launched { outcome, id, nickname, targets, changed } = launched;
     let what = match outcome {
         LaunchOutcome::Started => "launched",
         LaunchOutcome::Restarted => "restarted",
         LaunchOutcome::AlreadyRunning => "already running",
     };
-    format!("node {id} ({nickname}): {what}; targets: {}\n", listed(targets))
+    let with =
+        if changed.is_empty() { String::new() } else { format!(" with {}", changed.join(" ")) };
+    format!("node {id} ({nickname}): {what}{with}; targets: {}\n", listed(targets))
 }

@@ -11,6 +11,7 @@ mod prime;
 mod reclaim;
 mod reset;
 mod resume;
+mod settings;
 mod status;
 mod targets;
 pub(crate) mod token;
@@ -36,6 +37,8 @@ const SECRET_LIMIT: u64 = 8192;
 pub(crate) async fn run(context: &Context, command: Command) -> Result<String, Failure> {
     match command {
         Command::Launch(wanted) => launch::run(context, wanted).await,
+        Command::Set(wanted) => settings::set(context, wanted).await,
+        Command::Get(wanted) => settings::get(context, &wanted).await,
         Command::Connect(wanted) => targets::connect(context, wanted).await,
         Command::Forget(wanted) => targets::forget(context, wanted).await,
         Command::Attach(wanted) => attach::attach(context, wanted).await,

@@ -66,8 +66,8 @@ pub(super) fn node(node: &NodeStatus, style: Style) -> String {
     pairs.extend(node.mtu.map(|mtu| ("mtu", Cell::from(mtu))));
     pairs.extend(node.attachment.as_ref().map(|how| ("programs", Cell::from(how))));
     pairs.extend(workers(&node.bulk).map(|text| ("bulk flows", Cell::from(text))));
-    if node.discovery == Some(false) {
-        pairs.push(("discovery", "off".into()));
+    if !node.settings.is_empty() {
+        pairs.push(("settings", node.settings.join(" ").into()));
     }
     pairs.push(("public key", node.public_key.into()));
     pairs_of(pairs.iter().map(|(name, cell)| (*name, cell)), style)

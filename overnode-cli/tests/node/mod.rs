@@ -172,6 +172,7 @@ pub(crate) fn sample() -> Status {
             network: Network::default(),
             public_key: PublicKey([1; 32]),
             discovery: Some(true),
+            settings: vec!["mtu=1300".into()],
             attachment: Some("tcx".into()),
             bulk: WorkersStatus {
                 mode: Mode::Auto,

@@ -3,6 +3,7 @@
 //! An absent field means "not given" in a request and "not known" in an answer. A request with an
 //! unknown field is refused, so that a misspelled option does not go unnoticed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -81,6 +82,38 @@ pub struct Launched {
     pub nickname: String,
     /// All its targets after the request.
     pub targets: Vec<Host>,
+    /// The settings of an existing node that the request changed, each as `key=value`.
+    #[serde(default)]
+    pub changed: Vec<String>,
+}
+
+/// Changes settings of the node, all or none. The node restarts with them, which packets of
+/// containers do not notice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Set {
+    /// The new values by key; `default` stands for the default of any setting.
+    pub changes: BTreeMap<String, String>,
+}
+
+/// The settings of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// All of them.
+    pub settings: Vec<Setting>,
+    /// Those that the request changed, each as `key=value`.
+    pub changed: Vec<String>,
+}
+
+/// A setting that can change after the launch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setting {
+    /// Its name, as an option of `launch` without hyphens in front.
+    pub key: String,
+    /// Its value. `auto` is decided by the node.
+    pub value: String,
+    /// Whether this is the default.
+    pub is_default: bool,
 }
 
 /// What a [`Launch`] did.
@@ -89,7 +122,7 @@ pub struct Launched {
 pub enum LaunchOutcome {
     /// It started a new node: there was none on this host.
     Started,
-    /// It started an existing node that was stopped.
+    /// It started an existing node that was stopped, or restarted it with changed settings.
     Restarted,
     /// The node was running already.
     AlreadyRunning,

@@ -86,6 +86,10 @@ routes! {
     Prime: Get "/v1/prime", () => Primed;
     /// Starts the node, or adds targets.
     Launch: Post "/v1/launch", super::Launch => Launched;
+    /// The settings of the node.
+    Get: Get "/v1/settings", () => Settings;
+    /// Changes settings of the node.
+    Set: Post "/v1/settings", super::Set => Settings;
     /// Adds targets.
     Connect: Post "/v1/connect", super::Connect => Targets;
     /// Removes targets.

@@ -78,6 +78,9 @@ pub struct NodeStatus {
     pub public_key: PublicKey,
     /// Whether the node connects to nodes that it learns of from other nodes.
     pub discovery: Option<bool>,
+    /// Settings that differ from the defaults, each as `key=value`, without the nickname.
+    #[serde(default)]
+    pub settings: Vec<String>,
     /// How the eBPF programs are attached: `tcx` or `clsact`, with `+xdp` if XDP opens messages.
     pub attachment: Option<String>,
     /// The workers of the bulk path.

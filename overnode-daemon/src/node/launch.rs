@@ -7,6 +7,7 @@ use overnode_ebpf::map::BULK_WORKER_SLOTS;
 use super::Daemon;
 use super::control_plane::{add_targets, targets};
 use super::event_loop::Node;
+use super::settings;
 use crate::api::{self, ApiError, LaunchOutcome, Launched};
 use crate::datapath::Datapath;
 use crate::failpoint;
@@ -14,7 +15,6 @@ use crate::store::Identity;
 use overnode_core::control::hello::{MAX_NICKNAME, NEWEST_VERSION, OLDEST_VERSION};
 use overnode_core::control::key;
 use overnode_core::ipam::Layout;
-use overnode_core::names::DEFAULT_DOMAIN;
 use overnode_types::name::Domain;
 use overnode_types::{Network, Secret};
 
@@ -55,7 +55,8 @@ impl Daemon {
             }
         }
         failpoint::reached("running");
-        Ok(Launched { outcome: LaunchOutcome::Started, id, nickname, targets: request.hosts })
+        let (outcome, targets) = (LaunchOutcome::Started, request.hosts);
+        Ok(Launched { outcome, id, nickname, targets, changed: Vec::new() })
     }
 
     async fn launch_again(
@@ -86,15 +87,7 @@ impl Daemon {
                 identity.network.subnet, identity.network.range
             )));
         }
-        let domain = domain(&request)?;
-        let present = identity.dns_domain.as_deref().unwrap_or(DEFAULT_DOMAIN);
-        if domain.is_some_and(|domain| domain.as_str() != present) {
-            return Err(ApiError::refused(format_args!(
-                "node {id} of this host serves names under {present}: run `overnode reset` first \
-                 to change that"
-            )));
-        }
-        let nickname = identity.nickname.clone();
+        let changed = self.change_settings(&settings::of_launch(&request)).await?.changed;
         let Some(node) = &mut self.node else {
             return Err(ApiError::failed(
                 "the node of this host is not running: see the daemon's log",
@@ -110,9 +103,13 @@ impl Daemon {
             node.pump(now).await;
             targets
         };
-        let outcome =
-            if request.restart { LaunchOutcome::Restarted } else { LaunchOutcome::AlreadyRunning };
-        Ok(Launched { outcome, id, nickname, targets })
+        let outcome = if request.restart || !changed.is_empty() {
+            LaunchOutcome::Restarted
+        } else {
+            LaunchOutcome::AlreadyRunning
+        };
+        let nickname = node.local.identity.nickname.clone();
+        Ok(Launched { outcome, id, nickname, targets, changed })
     }
 }
 
@@ -139,10 +136,7 @@ fn identity(request: &api::Launch, cluster_key: Secret) -> Result<Identity, ApiE
             )));
         }
         Some(nickname) => nickname.clone(),
-        None => nix::unistd::gethostname()
-            .ok()
-            .map(|name| name.to_string_lossy().chars().take(MAX_NICKNAME).collect())
-            .unwrap_or_default(),
+        None => settings::host_name(),
     };
     Ok(Identity {
         id: request.id,

@@ -8,7 +8,7 @@
 //! | `event_loop.rs` | the loop: gives each input to a part, and routes the effects of all parts |
 //! | `start.rs` | the steps from a stored identity to a running node |
 //! | `requests.rs` | gives each request of the command to a part; keeps answers that wait |
-//! | `launch.rs`, `reset.rs` | requests that start and end a node |
+//! | `launch.rs`, `settings.rs`, `reset.rs` | requests that start, restart and end a node |
 //! | `control_plane.rs` | gossip, control connections, dialing |
 //! | `data_plane/` | peers, sessions, paths, routes |
 //! | `bulk.rs` | the workers for bulk flows |
@@ -36,6 +36,7 @@ mod names;
 mod problems;
 mod requests;
 mod reset;
+mod settings;
 mod start;
 mod status;
 mod view;

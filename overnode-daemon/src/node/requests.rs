@@ -43,6 +43,13 @@ pub(super) struct Waiting {
     removing: Option<(api::Reset, Answer)>,
 }
 
+impl Waiting {
+    /// Whether the node is about to leave the cluster.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving.is_some() || self.removing.is_some()
+    }
+}
+
 impl Daemon {
     /// Answers a request, now or later. It is carried out even if the requester has disconnected.
     pub(super) async fn begin(&mut self, request: Request, answer: Answer) {
@@ -63,6 +70,11 @@ impl Daemon {
         match request {
             Request::Version(()) => Ok(Reply::Version(self.version())),
             Request::Reset(reset) => self.reset(reset, None).await.map(Reply::Reset),
+            Request::Get(()) => self.settings().map(Reply::Get),
+            Request::Set(set) => {
+                let changes: Vec<(String, String)> = set.changes.into_iter().collect();
+                self.change_settings(&changes).await.map(Reply::Set)
+            }
             request => {
                 let now = Instant::now();
                 let node = self.node()?;
@@ -315,7 +327,12 @@ impl Node {
                 self.remove_external_peer(&peer, now).map(Reply::RemoveExternalPeer)
             }
             Request::ExternalPeers(()) => Ok(Reply::ExternalPeers(self.view().external_peers(now))),
-            Request::Attach(_) | Request::Launch(_) | Request::Reset(_) | Request::Version(()) => {
+            Request::Attach(_)
+            | Request::Launch(_)
+            | Request::Reset(_)
+            | Request::Get(())
+            | Request::Set(_)
+            | Request::Version(()) => {
                 Err(ApiError::failed("this request is not for a part of the node"))
             }
         }

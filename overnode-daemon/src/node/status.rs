@@ -8,6 +8,7 @@ use overnode_ebpf::reason::Reason;
 use super::containers::target_of;
 use super::control_plane::targets;
 use super::data_plane::paths::path_of;
+use super::settings;
 use super::view::View;
 use crate::api::{
     ApiError, ConnectionState, ConnectionStatus, CounterStatus, DataStatus, Direction,
@@ -65,6 +66,11 @@ impl View<'_> {
             network: identity.network,
             public_key: self.local.public_key,
             discovery: Some(identity.discovery),
+            settings: settings::list(identity)
+                .into_iter()
+                .filter(|it| !it.is_default && it.key != "nickname")
+                .map(|it| format!("{}={}", it.key, it.value))
+                .collect(),
             attachment: Some(attachment(&underlay)),
             bulk: self.bulk.workers_status(),
         })
