@@ -86,7 +86,12 @@ impl NetnsRef {
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (namespace, _) = self.open()?;
-        inside(namespace, move || async move { work() }).await
+        let enter_and_work = move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET)
+                .context("the network namespace cannot be entered")?;
+            work()
+        };
+        on_thread(enter_and_work).await
     }
 
     /// Returns its current identity.

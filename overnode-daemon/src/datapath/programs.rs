@@ -188,8 +188,7 @@ impl Programs {
     }
 
     /// Loads the programs that redirect DNS queries and attaches them to a control group, beside
-    /// those of others. Those that an earlier daemon attached are removed afterwards, so there is no
-    /// gap.
+    /// those of others. Those that an earlier daemon attached are removed afterwards: no gap.
     pub(super) fn attach_resolver(&mut self, cgroup: &OwnedFd, pins: &Pins) -> Result<()> {
         for name in RESOLVER {
             self.attach_socket_program(name, cgroup, pins).map_err(|error| {

@@ -7,9 +7,9 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use overnode_ebpf::map::Resolver;
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, fstat, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 use super::bpffs::netns_cookie;
@@ -18,9 +18,12 @@ use crate::failpoint;
 use overnode_types::BootTime;
 
 /// How long queries are redirected after the daemon has last confirmed that its server runs. A
-/// daemon that restarts is back by then, and the client repeats its query. If the daemon stays away,
-/// containers ask their engine again.
+/// daemon that restarts is back by then, and the client repeats its query. If the daemon stays
+/// away, containers ask their engine again.
 const ALIVE: Duration = Duration::from_secs(15);
+/// Inode number of the root control group.
+const ROOT_INODE: u64 = 1;
+
 /// Identifies a network namespace (`SO_NETNS_COOKIE`), unique since boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NetnsCookie(u64);
@@ -57,11 +60,13 @@ impl Datapath {
         Ok(())
     }
 
-    /// Confirms that the node's DNS server runs at this address.
+    /// Confirms that the node's DNS server runs at this address, or ends all redirections at once
+    /// if there is none.
     ///
     /// # Errors
     /// Fails if the map cannot be written.
-    pub fn confirm_resolver(&mut self, address: Ipv4Addr) -> Result<()> {
+    pub fn confirm_resolver(&mut self, address: Option<Ipv4Addr>) -> Result<()> {
+        let Some(address) = address else { return self.maps.set_resolver(Resolver::default()) };
         let until = (boot_now() + ALIVE).saturating_duration_since(BootTime::NEVER);
         self.maps.set_resolver(Resolver {
             alive_until_ns: u64::try_from(until.as_nanos()).unwrap_or(u64::MAX),
@@ -82,5 +87,9 @@ fn cgroup_root() -> Result<OwnedFd> {
         // Programs are attached to an open directory, not to a path.
         openat(&mount, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
     };
-    open().context("the control groups, version 2, cannot be opened")
+    let root = open().context("the control groups, version 2, cannot be opened")?;
+    // In a namespace of control groups, the root is another one, and containers are outside it.
+    let is_root = fstat(&root).is_ok_and(|found| found.st_ino == ROOT_INODE);
+    ensure!(is_root, "the daemon runs in a namespace of control groups: start it outside of one");
+    Ok(root)
 }

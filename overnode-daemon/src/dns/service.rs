@@ -1,9 +1,10 @@
 //! Turns queries into answers, both as bytes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, ResponseCode};
 use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
@@ -11,12 +12,19 @@ use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
 use super::engine;
 use super::upstream::{Flags, Upstream};
 use crate::datapath::NetnsRef;
-use overnode_core::names::directory::{Directory, Verdict};
+use overnode_core::docker::report::EngineNames;
+use overnode_core::names::directory::{Answer, Directory, Verdict};
 
 /// Maximum number of questions that wait for upstream resolvers.
 const MAX_PENDING: usize = 512;
 /// Maximum number of such questions from one container.
 const MAX_PENDING_OF_ONE: usize = 64;
+/// Maximum number of questions of one container that wait for its engine's resolver. Each takes a
+/// thread for a moment.
+const MAX_AT_ENGINE_OF_ONE: usize = 16;
+/// How long a question waits for the names that the engine answers, and how often it looks.
+const KNOWN_WITHIN: Duration = Duration::from_millis(1500);
+const KNOWN_POLL: Duration = Duration::from_millis(20);
 /// Longest UDP answer, in bytes. It fits into one packet on any path.
 const MAX_UDP_BYTES: u16 = 1232;
 /// Longest UDP answer for a client that does not announce a size (RFC 1035), in bytes.
@@ -49,8 +57,21 @@ pub enum Entrance {
 pub struct Client {
     /// Its network namespace.
     pub netns: NetnsRef,
-    /// Names in its networks of other drivers. The engine's resolver answers these.
-    pub engine_names: BTreeSet<String>,
+    /// The names that the engine's resolver answers. `None` if they are not known yet.
+    pub engine_names: Option<EngineNames>,
+}
+
+/// Who answers a name of one label to a container whose engine has a resolver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Responsible {
+    /// The cluster, if it has the name, or else the engine.
+    Cluster,
+    /// The engine.
+    Engine,
+    /// The engine, or else the cluster: the engine may know the name.
+    EngineFirst,
+    /// It is not known yet.
+    Unknown,
 }
 
 /// What to do with a query.
@@ -67,9 +88,9 @@ pub enum Step {
 pub struct Pending {
     query: Message,
     transport: Transport,
-    /// The query's bytes and the network namespace to ask the engine's resolver in. `None` asks the
-    /// host's resolvers.
-    engine: Option<(Vec<u8>, NetnsRef)>,
+    /// The query's bytes, for the engine's resolver. `None` asks the host's resolvers.
+    engine: Option<Vec<u8>>,
+    from: IpAddr,
     /// Whether "no such name" would not be the truth: a node that cannot be reached has announced
     /// this name, or not all names are known yet.
     is_in_doubt: bool,
@@ -95,6 +116,7 @@ pub struct Service {
     clients: Mutex<BTreeMap<IpAddr, Client>>,
     upstream: Upstream,
     pending: Quota,
+    pending_at_engine: Quota,
     queries: AtomicU64,
     forwarded: AtomicU64,
     failed: AtomicU64,
@@ -109,6 +131,7 @@ impl Service {
             clients: Mutex::default(),
             upstream,
             pending: Quota::new(MAX_PENDING, MAX_PENDING_OF_ONE),
+            pending_at_engine: Quota::new(MAX_PENDING, MAX_AT_ENGINE_OF_ONE),
             queries: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -167,36 +190,29 @@ impl Service {
             return self.refuse(header, ResponseCode::FormErr);
         };
         let bare = Directory::bare_name(question);
-        let client = match entrance {
-            Entrance::Node => None,
-            Entrance::Engine => {
-                let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-                // The interface is gone, or the programs redirect before the node knows the
-                // container. The client repeats the query.
-                let Some(client) = clients.get(&from) else { return Step::Ignore };
-                Some(client.clone())
-            }
+        let responsible = match entrance {
+            Entrance::Node => Responsible::Cluster,
+            Entrance::Engine => self.responsible(from, bare.as_deref()),
         };
-        let is_engines = bare.as_ref().is_some_and(|name| {
-            client.as_ref().is_some_and(|client| client.engine_names.contains(name))
-        });
         let mut directory = self.directory();
-        let verdict = if is_engines { Verdict::Upstream } else { directory.ask(question) };
-        let is_in_doubt = bare.is_some_and(|name| directory.is_in_doubt(&name)) && !is_engines;
+        let mut verdict = directory.ask(question);
+        let is_in_doubt = bare.is_some_and(|name| directory.is_in_doubt(&name));
         drop(directory);
+        if responsible != Responsible::Cluster {
+            verdict = Verdict::Upstream;
+        }
         match verdict {
-            Verdict::Answer(answer) => {
-                let mut reply = reply_to(&query, answer.code);
-                reply.metadata.authoritative = answer.code != ResponseCode::Refused;
-                reply.answers = answer.records;
-                reply.authorities.extend(answer.soa.map(|soa| *soa));
-                Step::Send(encode(reply, &query, transport))
-            }
+            Verdict::Answer(answer) => Step::Send(self.answer(&query, answer, transport)),
             Verdict::Upstream => {
-                match self.pending.acquire(from).filter(|_| query.metadata.recursion_desired) {
+                let quota = match entrance {
+                    Entrance::Node => &self.pending,
+                    Entrance::Engine => &self.pending_at_engine,
+                };
+                match quota.acquire(from).filter(|_| query.metadata.recursion_desired) {
                     Some(_permit) => {
-                        let engine = client.map(|client| (bytes.to_vec(), client.netns));
-                        let pending = Pending { query, transport, engine, is_in_doubt, _permit };
+                        let engine = (entrance == Entrance::Engine).then(|| bytes.to_vec());
+                        let pending =
+                            Pending { query, transport, engine, from, is_in_doubt, _permit };
                         Step::Ask(Box::new(pending))
                     }
                     None => self.refuse(header, ResponseCode::Refused),
@@ -208,14 +224,8 @@ impl Service {
     /// Asks the upstream resolvers and returns the answer.
     pub async fn finish(&self, pending: Box<Pending>) -> Vec<u8> {
         self.forwarded.fetch_add(1, Ordering::Relaxed);
-        if let Some((bytes, netns)) = &pending.engine {
-            return match engine::ask(netns, bytes, pending.transport).await {
-                Ok(answer) => doubt(answer, pending.is_in_doubt),
-                Err(error) => {
-                    tracing::debug!("the engine's resolver in {netns} does not answer: {error:#}");
-                    self.conclude(pending, Err(ResponseCode::ServFail))
-                }
-            };
+        if let Some(bytes) = &pending.engine {
+            return self.finish_at_engine(bytes, &pending).await;
         }
         let query = &pending.query;
         let flags = Flags {
@@ -225,6 +235,79 @@ impl Service {
         let question = query.queries.first().cloned().unwrap_or_default();
         let found = self.upstream.ask(question, flags).await;
         self.conclude(pending, found)
+    }
+
+    /// Asks the resolver of the container's engine, or answers for the cluster after all.
+    async fn finish_at_engine(&self, bytes: &[u8], pending: &Pending) -> Vec<u8> {
+        let question = pending.query.queries.first().cloned().unwrap_or_default();
+        let bare = Directory::bare_name(&question);
+        // A container that has just started is in the engine's next report.
+        let deadline = Instant::now() + KNOWN_WITHIN;
+        let mut responsible = self.responsible(pending.from, bare.as_deref());
+        while responsible == Responsible::Unknown && Instant::now() < deadline {
+            tokio::time::sleep(KNOWN_POLL).await;
+            responsible = self.responsible(pending.from, bare.as_deref());
+        }
+        let of_cluster = || match self.directory().ask(&question) {
+            Verdict::Answer(answer) if bare.is_some() => {
+                Some(self.answer(&pending.query, answer, pending.transport))
+            }
+            Verdict::Answer(_) | Verdict::Upstream => None,
+        };
+        if responsible == Responsible::Cluster
+            && let Some(answer) = of_cluster()
+        {
+            return answer;
+        }
+        let netns = self.client(pending.from).map(|client| client.netns);
+        let answered = match &netns {
+            Some(netns) => engine::ask(netns, bytes, pending.transport).await,
+            None => Err(anyhow::anyhow!("the container is not known")),
+        };
+        let is_no_answer = |answer: &Vec<u8>| code_of(answer) != ResponseCode::NoError.low();
+        if responsible != Responsible::Engine
+            && answered.as_ref().map_or(true, is_no_answer)
+            && let Some(answer) = of_cluster()
+        {
+            return answer;
+        }
+        match answered {
+            Ok(answer) => doubt(answer, pending.is_in_doubt),
+            Err(error) => {
+                tracing::debug!(
+                    "the engine's resolver of {} does not answer: {error:#}",
+                    pending.from
+                );
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                let reply = reply_to(&pending.query, ResponseCode::ServFail);
+                encode(reply, &pending.query, pending.transport)
+            }
+        }
+    }
+
+    /// Returns who answers a question of a container to its engine's resolver.
+    fn responsible(&self, from: IpAddr, bare: Option<&str>) -> Responsible {
+        // Only names of one label can be the engine's as well as ours.
+        let Some(name) = bare else { return Responsible::Cluster };
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        match clients.get(&from).and_then(|client| client.engine_names.as_ref()) {
+            None => Responsible::Unknown,
+            Some(names) if names.contains(name) => Responsible::Engine,
+            Some(names) if names.is_open => Responsible::EngineFirst,
+            Some(_) => Responsible::Cluster,
+        }
+    }
+
+    fn client(&self, from: IpAddr) -> Option<Client> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned()
+    }
+
+    fn answer(&self, query: &Message, answer: Answer, transport: Transport) -> Vec<u8> {
+        let mut reply = reply_to(query, answer.code);
+        reply.metadata.authoritative = answer.code != ResponseCode::Refused;
+        reply.answers = answer.records;
+        reply.authorities.extend(answer.soa.map(|soa| *soa));
+        encode(reply, query, transport)
     }
 
     /// Returns the answer, given the upstream reply or the code to answer with.
@@ -258,13 +341,19 @@ impl Service {
 
 /// Turns "no such name" into "server failure" if the name is in doubt.
 fn doubt(mut answer: Vec<u8>, is_in_doubt: bool) -> Vec<u8> {
+    let is_denied = code_of(&answer) == ResponseCode::NXDomain.low();
     if let Some(code) = answer.get_mut(3)
         && is_in_doubt
-        && *code & CODE_BITS == ResponseCode::NXDomain.low()
+        && is_denied
     {
         *code = *code & !CODE_BITS | ResponseCode::ServFail.low();
     }
     answer
+}
+
+/// Returns the response code of an answer.
+fn code_of(answer: &[u8]) -> u8 {
+    answer.get(3).map_or(ResponseCode::ServFail.low(), |byte| byte & CODE_BITS)
 }
 
 /// Parses a query with one question.

@@ -40,6 +40,8 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay of the first report after a container has joined: the engine lists it a moment later.
 const REPORT_DELAY: Duration = Duration::from_millis(100);
+/// Least time between two reports, whatever happens in the containers.
+const REPORT_SPACING: Duration = Duration::from_millis(250);
 /// The engine's stream of events, without those of health checks that change nothing.
 const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%2C\
                       %22event%22%3A%5B%22start%22%2C%22die%22%2C%22rename%22%2C%22health_status\
@@ -108,6 +110,7 @@ pub(super) async fn watch(
     let mut wanted_subnet: Option<IpNet> = None;
     let mut retry_at = Instant::now();
     let mut report_at = Instant::now();
+    let mut reported_at = report_at;
     let mut delay = REPORT_DELAY;
     loop {
         let next = if wanted_subnet.is_some() { report_at.min(retry_at) } else { report_at };
@@ -116,7 +119,8 @@ pub(super) async fn watch(
                 None => return,
                 Some(Order::Look { again }) => {
                     delay = if again { (delay * 2).min(RETRY_INTERVAL) } else { REPORT_DELAY };
-                    report_at = report_at.min(Instant::now() + delay);
+                    let soon = (Instant::now() + delay).max(reported_at + REPORT_SPACING);
+                    report_at = report_at.min(soon);
                     continue;
                 }
                 Some(Order::CreateDefault(subnet)) => {
@@ -142,7 +146,8 @@ pub(super) async fn watch(
                     EngineEvent::Default(created)
                 }
                 Some(_) | None => {
-                    report_at = Instant::now() + REPORT_INTERVAL;
+                    reported_at = Instant::now();
+                    report_at = reported_at + REPORT_INTERVAL;
                     match engine.report().await {
                         Ok(report) => EngineEvent::Report(report),
                         Err(why) => {
@@ -190,15 +195,16 @@ async fn stream_events(socket: &Path, orders: &mpsc::UnboundedSender<Order>) -> 
 
 struct Engine {
     socket: PathBuf,
-    /// Details of containers by ID, each with the endpoints that the container had at the time.
-    details: BTreeMap<String, (Vec<String>, Details)>,
+    /// Details of containers by ID, each with the endpoints and names that the container had at the
+    /// time.
+    details: BTreeMap<String, ([Vec<String>; 2], Details)>,
 }
 
 impl Engine {
     async fn report(&mut self) -> Result<Report, EngineError> {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
         let networks = self.remove_duplicates(self.get("/networks").await?).await?;
-        let details = self.details_of(&containers, &our_networks(&networks)).await?;
+        let details = self.details_of(&containers, &our_networks(&networks)).await;
         let report = Report::of(containers, networks, &details);
         Ok(report)
     }
@@ -208,25 +214,27 @@ impl Engine {
         &mut self,
         containers: &[ListedContainer],
         ours: &BTreeSet<String>,
-    ) -> Result<BTreeMap<String, Details>, EngineError> {
+    ) -> BTreeMap<String, Details> {
         let wanted = with_details(containers, ours);
         self.details.retain(|id, _| wanted.contains(id));
-        for listed in containers.iter().filter(|listed| wanted.iter().any(|id| id == listed.id())) {
-            let endpoints = listed.endpoint_ids();
-            if self.details.get(listed.id()).is_some_and(|(known, _)| *known == endpoints) {
+        for listed in containers.iter().filter(|listed| wanted.contains(listed.id())) {
+            let version = [listed.endpoint_ids(), listed.names()];
+            if self.details.get(listed.id()).is_some_and(|(known, _)| *known == version) {
                 continue;
             }
             match self.get(&format!("/containers/{}/json", listed.id())).await {
-                Ok(details) => {
-                    _ = self.details.insert(listed.id().to_owned(), (endpoints, details))
-                }
+                Ok(details) => _ = self.details.insert(listed.id().to_owned(), (version, details)),
                 // The container has ended in the meantime.
                 Err(EngineError::Refused(why)) => tracing::debug!("{why}"),
-                Err(absent) => return Err(absent),
+                // One container that is stuck must not keep the others from being reported.
+                Err(why @ EngineError::Absent { .. }) => {
+                    tracing::debug!("{why}");
+                    break;
+                }
             }
         }
         let known = self.details.iter().map(|(id, (_, details))| (id.clone(), details.clone()));
-        Ok(known.collect())
+        known.collect()
     }
 
     /// Removes surplus default networks and returns the networks that remain. If creating the

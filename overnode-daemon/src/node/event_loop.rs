@@ -155,7 +155,7 @@ impl Node {
             self.read_maps(now);
             self.bulk.update_peers(&self.data, now);
             self.watch_drops();
-            self.follow_sandboxes(now).await;
+            self.follow_sandboxes(true, now).await;
             self.confirm_resolver();
             self.update_names(now);
             self.data.try_next_addresses(now).await;
@@ -163,7 +163,7 @@ impl Node {
             self.follow_problems(now);
         }
         if self.containers.poll_timeout().is_some_and(|at| at <= now) {
-            self.follow_sandboxes(now).await;
+            self.follow_sandboxes(false, now).await;
         }
         if self.inputs.next_reconcile <= now {
             self.inputs.next_reconcile = now + RECONCILE;
@@ -375,16 +375,15 @@ impl Node {
         self.names.set_paths(connected.collect(), reached, &self.control.in_step(), now);
     }
 
-    async fn follow_sandboxes(&mut self, now: Instant) {
+    async fn follow_sandboxes(&mut self, is_tick: bool, now: Instant) {
         let serves_names = self.names.is_serving();
-        self.containers.follow_sandboxes(&mut self.data.datapath, serves_names, now).await;
+        let Self { containers, data, .. } = self;
+        containers.follow_sandboxes(&mut data.datapath, serves_names, is_tick, now).await;
     }
 
     /// Keeps DNS queries of containers redirected while the server runs.
     fn confirm_resolver(&mut self) {
-        if let Some(address) = self.names.resolver()
-            && let Err(error) = self.data.datapath.confirm_resolver(address)
-        {
+        if let Err(error) = self.data.datapath.confirm_resolver(self.names.resolver()) {
             tracing::warn!("{error:#}");
         }
     }
@@ -426,7 +425,7 @@ impl Node {
     /// containers that end at the same time cause one cleanup.
     async fn handle_interfaces(&mut self, event: LinkEvent, now: Instant) {
         // An engine may have moved an interface into its container.
-        self.follow_sandboxes(now).await;
+        self.follow_sandboxes(false, now).await;
         let (mut vanished, mut moved) = (false, false);
         let mut next = Some(event);
         while let Some(event) = next {

@@ -124,6 +124,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             }
             _ = alive.tick() => {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                if daemon.node.is_none() && daemon.store.identity()?.is_some() {
+                    anyhow::bail!("the node could not be started again: see above");
+                }
                 if daemon.node.is_none() && daemon.started.elapsed() > UNLAUNCHED {
                     break;
                 }
@@ -142,7 +145,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     server.abort();
     metrics.inspect(|serving| serving.abort());
     let _ = std::fs::remove_file(daemon.options.run_dir.join(api::SOCKET));
-    if daemon.leaving || daemon.node.is_none() {
+    if daemon.leaving || daemon.store.identity()?.is_none() {
         drop(daemon.node);
         let store = Arc::into_inner(daemon.store).context("the state is still in use")?;
         store.destroy().context("the state directory cannot be removed")?;

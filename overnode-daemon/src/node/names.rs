@@ -27,6 +27,9 @@ use overnode_types::name::{self, Domain, Named};
 /// How long a node must have been reachable before its names are served, so that changes of its
 /// names can arrive.
 const SERVED_AFTER: Duration = Duration::from_millis(900);
+/// The same for a node that was out of reach and that this node has no connection with: the news
+/// has to come through other nodes, which first have to connect with it.
+const SERVED_AFTER_LOSS: Duration = Duration::from_secs(3);
 /// How long the names of a node are served whose daemon, or this node's own one, restarts. Packets
 /// reach its containers all that time.
 pub(super) const RESTART: Duration = Duration::from_secs(10);
@@ -45,6 +48,8 @@ pub(super) struct Names {
     connected: BTreeMap<NodeId, Instant>,
     /// Nodes whose names are served.
     served: BTreeSet<NodeId>,
+    /// Nodes whose names were served before they got out of reach.
+    lost: BTreeSet<NodeId>,
     /// Nodes that an earlier daemon knew. They count as reachable until [`RESTART`] has passed.
     continued: Option<(BTreeSet<NodeId>, Instant)>,
     /// Until when names may exist that this node has not learned yet. `None` once it knows all.
@@ -82,6 +87,7 @@ impl Names {
             service,
             connected: BTreeMap::new(),
             served: BTreeSet::new(),
+            lost: BTreeSet::new(),
             continued: None,
             incomplete_until: None,
             server: None,
@@ -270,18 +276,20 @@ impl Names {
             connected.into_iter().map(|id| (id, since(&id))).collect();
         // A neighbor's records precede its answer to a ping. The records of other nodes come with
         // the records of their connections.
-        let is_confirmed = |id: &NodeId, since: Instant| {
-            in_step.get(id).is_none_or(|last| last.is_some_and(|last| last >= since))
+        let is_confirmed = |id: &NodeId, since: Instant| match in_step.get(id) {
+            Some(last) => last.is_some_and(|last| last >= since) && now >= since + SERVED_AFTER,
+            None if self.lost.contains(id) => now >= since + SERVED_AFTER_LOSS,
+            None => now >= since + SERVED_AFTER,
         };
-        let confirmed = connected
-            .iter()
-            .filter(|(id, since)| now >= **since + SERVED_AFTER && is_confirmed(id, **since));
+        let confirmed = connected.iter().filter(|(id, since)| is_confirmed(id, **since));
         let mut served: BTreeSet<NodeId> = confirmed.map(|(id, _)| *id).collect();
         served.extend(self.served.intersection(&reached));
         served.insert(self.local.id());
         // One neighbor has told all that it knows.
         let is_told = in_step.values().any(Option::is_some);
         self.incomplete_until = self.incomplete_until.filter(|until| now < *until && !is_told);
+        self.lost.extend(self.served.difference(&served));
+        self.lost.retain(|id| !served.contains(id));
         self.connected = connected;
         self.served.clone_from(&served);
         let mut directory = self.service.directory();

@@ -55,7 +55,8 @@ fn value(identity: &Identity, key: &str) -> (String, bool) {
         "bulk-workers" => chosen(identity.bulk_workers.map(|count| count.to_string()), "auto"),
         "dns" => switch(identity.dns, true),
         "dns-domain" => chosen(identity.dns_domain.clone(), DEFAULT_DOMAIN),
-        _ => switch(identity.docker, true),
+        "docker" => switch(identity.docker, true),
+        _ => (String::new(), false),
     }
 }
 
@@ -276,7 +277,7 @@ mod tests {
     #[test]
     fn every_setting_takes_its_own_values_and_the_default() {
         let mut identity = local_node(1, Instant::now()).identity.clone();
-        for (key, values, wrong) in [
+        let cases = [
             ("nickname", &["east"][..], "a\nb"),
             ("interface", &["eth1"], "much-too-long-a-name"),
             ("mtu", &["576", "9000"], "100"),
@@ -287,7 +288,9 @@ mod tests {
             ("dns", &["off", "on"], ""),
             ("dns-domain", &["lab.example"], "a..b"),
             ("docker", &["off", "on"], "no"),
-        ] {
+        ];
+        assert_eq!(cases.map(|(key, ..)| key), KEYS);
+        for (key, values, wrong) in cases {
             let get =
                 |identity: &Identity| list(identity).into_iter().find(|it| it.key == key).unwrap();
             for wanted in values {

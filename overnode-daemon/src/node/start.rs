@@ -115,6 +115,9 @@ impl Node {
         failpoint::reached("bulk");
         node.reconcile(now).await?;
         failpoint::reached("endpoints");
+        if !node.names.is_serving() || node.containers.docker.is_none() {
+            node.data.datapath.keep_redirected(&BTreeSet::new())?;
+        }
         node.load_names(now);
         node.pump(now).await;
         Ok(node)
@@ -153,10 +156,12 @@ impl Node {
         for record in self.control.gossip.records() {
             self.names.learn(record);
         }
+        // Packets still reach the nodes that an earlier daemon has left sessions with.
         let others = self.control.gossip.records().filter(|record| !record.left);
-        let others: BTreeSet<NodeId> = others.map(|record| record.id).collect();
+        let others: Vec<NodeId> = others.map(|record| record.id).collect();
         if others.len() > 1 || !self.control.dialer.target_status().is_empty() {
-            self.names.continue_nodes(others, now);
+            let reached = others.into_iter().filter(|id| self.data.has_session(*id, now));
+            self.names.continue_nodes(reached.collect(), now);
         }
         self.announce_names(now);
         // The own record may not be published yet, but its names are known here.

@@ -43,9 +43,10 @@ pub enum Verdict {
     Pass,
     /// The packet's content was taken and counted. The packet itself ends here.
     Consumed(Reason),
-    /// Verdict on and counted. The second field is the return value of the redirecting helper.
+    /// Redirected, and counted. The second field is the return value of the redirecting helper.
     Redirected(Reason, i64),
-    /// Verdict to another program, which counts it. The field is the return value of the helper.
+    /// Handed to another program, which counts it, or counted already. The field is the return
+    /// value of the helper.
     HandedOn(i64),
 }
 

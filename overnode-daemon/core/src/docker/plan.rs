@@ -16,7 +16,7 @@ use super::message::{
     CreateEndpoint, CreateNetwork, Interface, InterfaceName, Join, Refusal, ReleaseAddress,
     Request, RequestAddress, RequestPool, Response,
 };
-use super::report::{Container, Report};
+use super::report::{Container, EngineNames, Report};
 use crate::attachment::{
     Attachment, EngineEndpoint, Kind, Owner, host_interface, waiting_interface,
 };
@@ -94,13 +94,13 @@ struct Lease {
     record: Attachment,
     /// When the engine last showed that it knows the address.
     seen: Instant,
-    /// Names in the container's networks of other drivers.
-    engine_names: BTreeSet<String>,
+    /// The names that belong to its engine's resolver; `None` until a report has the container.
+    engine_names: Option<EngineNames>,
 }
 
 impl Lease {
     fn new(record: Attachment, seen: Instant) -> Self {
-        Self { record, seen, engine_names: BTreeSet::new() }
+        Self { record, seen, engine_names: None }
     }
 }
 
@@ -205,8 +205,8 @@ impl Docker {
 
     /// Records that this attachment is on disk.
     pub fn keep(&mut self, record: Attachment, now: Instant) {
-        let engine_names = self.leases.remove(&record.address).map(|lease| lease.engine_names);
-        let engine_names = engine_names.filter(|_| record.has_interface()).unwrap_or_default();
+        let known = self.leases.remove(&record.address).and_then(|lease| lease.engine_names);
+        let engine_names = known.filter(|_| record.has_interface() && record.netns_inode != 0);
         self.leases.insert(record.address, Lease { engine_names, ..Lease::new(record, now) });
     }
 
@@ -244,7 +244,7 @@ impl Docker {
                 continue;
             };
             lease.seen = now;
-            lease.engine_names.clone_from(&container.engine_names);
+            lease.engine_names = Some(container.engine_names.clone());
             let aliases = endpoint.and_then(|id| container.aliases.get(id)).cloned();
             let updated = Attachment {
                 name: container.name.clone().or_else(|| lease.record.name.clone()),
@@ -288,10 +288,10 @@ impl Docker {
             .filter(|path| !path.is_empty())
     }
 
-    /// Returns the names in the networks of other drivers that the container with this address is
-    /// in. Its engine's resolver answers these.
-    pub fn engine_names(&self, address: IpAddr) -> BTreeSet<String> {
-        self.leases.get(&address).map(|lease| lease.engine_names.clone()).unwrap_or_default()
+    /// Returns the names that the engine of the container with this address answers for, or `None`
+    /// if they are not known yet.
+    pub fn engine_names(&self, address: IpAddr) -> Option<EngineNames> {
+        self.leases.get(&address)?.engine_names.clone()
     }
 
     /// Returns the endpoints that were joined to a namespace that did not exist yet: the engine

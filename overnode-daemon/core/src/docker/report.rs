@@ -2,6 +2,7 @@
 //! (docs.docker.com/reference/api/engine).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -12,7 +13,9 @@ use overnode_types::text::{is_harmless, reason};
 
 /// The oldest supported version of the engine's API: that of Docker 20.10.
 const OLDEST: (u32, u32) = (1, 41);
-/// Maximum number of further names of a container in one network.
+/// Scope of a network that other hosts have too.
+const SCOPE_SWARM: &str = "swarm";
+/// Maximum number of further names of a container in one network that are announced.
 const MAX_ALIASES: usize = 64;
 /// End of the status of a container whose health check fails.
 const UNHEALTHY: &str = "(unhealthy)";
@@ -40,8 +43,27 @@ pub struct Container {
     pub aliases: BTreeMap<String, Vec<String>>,
     /// Whether its health check fails.
     pub is_unhealthy: bool,
-    /// Names of containers in its networks of other drivers.
-    pub engine_names: BTreeSet<String>,
+    /// The names that belong to its engine's resolver.
+    pub engine_names: EngineNames,
+}
+
+/// The names that a container's engine answers for: those in the container's networks of other
+/// drivers. In lower case.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EngineNames {
+    /// Whether the engine may know names that are not listed, as in a network of a swarm.
+    pub is_open: bool,
+    /// The names in each of these networks.
+    pub networks: Vec<Arc<BTreeSet<String>>>,
+    /// Names that only this container has for others (`--link`).
+    pub links: BTreeSet<String>,
+}
+
+impl EngineNames {
+    /// Returns true if the engine answers for this name, in lower case.
+    pub fn contains(&self, name: &str) -> bool {
+        self.links.contains(name) || self.networks.iter().any(|names| names.contains(name))
+    }
 }
 
 impl Report {
@@ -62,24 +84,35 @@ impl Report {
         networks: Vec<ListedNetwork>,
         details: &BTreeMap<String, Details>,
     ) -> Self {
-        let networks = our_networks(&networks);
+        let is_swarm = |network: &&ListedNetwork| network.scope == SCOPE_SWARM;
+        let swarm: BTreeSet<&str> =
+            networks.iter().filter(is_swarm).map(|network| network.id.as_str()).collect();
+        let ours = our_networks(&networks);
         let mut names: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
         for listed in &containers {
             for endpoint in listed.endpoints() {
                 let names = names.entry(&endpoint.network).or_default();
-                names.extend(listed.name());
+                let aliases = details.get(&listed.id).map(|it| it.aliases(endpoint));
+                let found = listed.name().into_iter().chain(aliases.into_iter().flatten());
+                names.extend(found.map(|name| name.to_ascii_lowercase()));
                 names.extend(listed.id.get(..12).map(str::to_owned));
-                names.extend(
-                    details.get(&listed.id).into_iter().flat_map(|it| it.aliases(endpoint)),
-                );
             }
         }
+        let names: BTreeMap<&str, Arc<BTreeSet<String>>> =
+            names.into_iter().map(|(network, names)| (network, Arc::new(names))).collect();
         let selected = containers.iter().filter_map(|listed| {
-            let others = listed.endpoints().filter(|it| !networks.contains(&it.network));
-            let engine_names = others.filter_map(|it| names.get(it.network.as_str())).flatten();
-            container(listed, details.get(&listed.id), engine_names.cloned().collect())
+            let others = || listed.endpoints().filter(|it| !ours.contains(&it.network));
+            let details = details.get(&listed.id);
+            let engine_names = EngineNames {
+                is_open: others().any(|it| swarm.contains(it.network.as_str())),
+                networks: others()
+                    .filter_map(|it| names.get(it.network.as_str()).cloned())
+                    .collect(),
+                links: details.map(Details::links).unwrap_or_default(),
+            };
+            container(listed, details, engine_names)
         });
-        Self { containers: selected.collect(), networks: networks.iter().cloned().collect() }
+        Self { containers: selected.collect(), networks: ours.iter().cloned().collect() }
     }
 }
 
@@ -89,9 +122,9 @@ pub fn our_networks(networks: &[ListedNetwork]) -> BTreeSet<String> {
     networks.iter().filter(is_ours).map(|network| network.id.clone()).collect()
 }
 
-/// Returns the IDs of the containers whose [`Details`] matter: those in our networks, and those that
-/// share another network with one of them.
-pub fn with_details(containers: &[ListedContainer], ours: &BTreeSet<String>) -> Vec<String> {
+/// Returns the IDs of the containers whose [`Details`] matter: those in our networks, and those
+/// that share another network with one of them.
+pub fn with_details(containers: &[ListedContainer], ours: &BTreeSet<String>) -> BTreeSet<String> {
     let is_in = |listed: &ListedContainer, networks: &BTreeSet<String>| {
         listed.endpoints().any(|endpoint| networks.contains(&endpoint.network))
     };
@@ -142,6 +175,9 @@ struct ListedEndpoint {
     /// Only in [`Details`].
     #[serde(rename = "Aliases", default)]
     aliases: Option<Vec<String>>,
+    /// Only in [`Details`]: other containers, each as `NAME:ALIAS`.
+    #[serde(rename = "Links", default)]
+    links: Option<Vec<String>>,
     /// Only in [`Details`], from engine 25 on. Includes the aliases.
     #[serde(rename = "DNSNames", default)]
     dns_names: Option<Vec<String>>,
@@ -164,7 +200,15 @@ impl Details {
         };
         let names = found.aliases.iter().chain(&found.dns_names).flatten();
         let names: BTreeSet<&String> = names.filter(|name| check_name(name).is_ok()).collect();
-        names.into_iter().take(MAX_ALIASES).cloned().collect()
+        names.into_iter().cloned().collect()
+    }
+
+    /// Returns the names that the container has for others.
+    fn links(&self) -> BTreeSet<String> {
+        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
+        let links =
+            networks.flat_map(|it| it.values().flatten()).flat_map(|it| &it.links).flatten();
+        links.filter_map(|link| Some(link.rsplit_once(':')?.1.to_ascii_lowercase())).collect()
     }
 }
 
@@ -172,6 +216,11 @@ impl ListedContainer {
     /// Returns the IDs of its endpoints. They change when the container joins or leaves a network.
     pub fn endpoint_ids(&self) -> Vec<String> {
         self.endpoints().map(|it| it.endpoint.clone()).collect()
+    }
+
+    /// Returns its names, as the engine lists them.
+    pub fn names(&self) -> Vec<String> {
+        self.names.clone().unwrap_or_default()
     }
 
     /// Returns its ID.
@@ -202,6 +251,9 @@ pub struct ListedNetwork {
     pub name: String,
     /// Name of its driver.
     pub driver: String,
+    /// `local`, or `swarm` if other hosts have it too.
+    #[serde(default)]
+    pub scope: String,
     /// RFC 3339; sorts chronologically as text.
     #[serde(default)]
     pub created: String,
@@ -243,7 +295,7 @@ pub fn too_old(found: &Version) -> Option<String> {
 fn container(
     listed: &ListedContainer,
     details: Option<&Details>,
-    engine_names: BTreeSet<String>,
+    engine_names: EngineNames,
 ) -> Option<Container> {
     let is_hexadecimal =
         listed.id.len() >= 12 && listed.id.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -252,7 +304,8 @@ fn container(
     let is_new = |alias: &String| Some(alias) != name.as_ref() && *alias != id;
     let aliases = listed.endpoints().map(|endpoint| {
         let aliases = details.map(|details| details.aliases(endpoint)).unwrap_or_default();
-        (endpoint.endpoint.clone(), aliases.into_iter().filter(is_new).collect())
+        let aliases = aliases.into_iter().filter(is_new).take(MAX_ALIASES);
+        (endpoint.endpoint.clone(), aliases.collect())
     });
     let aliases = aliases.collect();
     let printable =

@@ -10,8 +10,8 @@
 //!
 //! On the wire, with big-endian integers: [`ROUTED_FORMAT`], hops (u8), kind (u8), from and to
 //! (u16 each), the sender's incarnation, number, and the receiver's incarnation (u64 each), the
-//! signature (64 bytes), then the body. The signature covers everything except the format, the hops and
-//! itself, after the label `overnode parcel v2`.
+//! signature (64 bytes), then the body. The signature covers everything except the format, the hops
+//! and itself, after the label `overnode parcel v2`.
 
 use std::time::Instant;
 

@@ -15,6 +15,9 @@ use super::zone::{Existence, Zone};
 /// Time to live of answers, in seconds. It is short because names come and go with containers.
 pub const TTL: u32 = 1;
 
+/// A name that no node may have (RFC 6761).
+const LOCALHOST: &str = "localhost";
+
 /// How to answer a question.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
@@ -78,7 +81,7 @@ impl Directory {
         let mut labels = query.name.iter();
         let (Some(label), None) = (labels.next(), labels.next()) else { return None };
         let label = std::str::from_utf8(label).ok()?.to_ascii_lowercase();
-        (is_relative(&label) && !label.contains('.')).then_some(label)
+        (is_relative(&label) && !label.contains('.') && label != LOCALHOST).then_some(label)
     }
 
     /// Returns true if it is not known yet whether this name of one label exists.
@@ -102,7 +105,8 @@ impl Directory {
     /// Answers a question for a name of one label, if there is such a name.
     fn bare(&mut self, query: &Query) -> Option<Answer> {
         let name = Self::bare_name(query)?;
-        if self.zone.existence(&name) != Existence::Exists {
+        // A name below it does not make it ours.
+        if self.zone.addresses(&name).is_empty() {
             return None;
         }
         let records = self.records(&name, query);
@@ -329,6 +333,7 @@ mod tests {
             "xovernode.local.",
             "other.",
             "a.deep.",
+            "deep.",
             "8.8.8.8.in-addr.arpa.",
             "arpa.",
         ] {

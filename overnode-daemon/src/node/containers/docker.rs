@@ -45,7 +45,7 @@ pub(in crate::node) struct DockerSide {
     /// Why the engine refuses to create the default network.
     refused: Option<String>,
     /// Containers whose DNS queries are redirected to the node, by address.
-    redirected: BTreeMap<IpAddr, (NetnsRef, NetnsCookie)>,
+    redirected: BTreeMap<IpAddr, Redirected>,
     /// Why queries are not redirected.
     unredirected: Option<String>,
     /// Whether redirections of an earlier daemon have been ended.
@@ -53,6 +53,14 @@ pub(in crate::node) struct DockerSide {
     /// When to look for new network namespaces again, and until when to do so often.
     next_look: Instant,
     hurry_until: Instant,
+}
+
+/// A container whose DNS queries are redirected.
+struct Redirected {
+    netns: NetnsRef,
+    /// Tells its namespace from a later one at the same path.
+    inode: u64,
+    cookie: NetnsCookie,
 }
 
 /// A request for an address.
@@ -120,9 +128,9 @@ impl Containers {
     /// Returns the containers whose DNS queries are redirected to the node, by address.
     pub(in crate::node) fn dns_clients(&self) -> BTreeMap<IpAddr, dns::Client> {
         let Some(docker) = &self.docker else { return BTreeMap::new() };
-        let client = |(address, (netns, _)): (&IpAddr, &(NetnsRef, NetnsCookie))| {
+        let client = |(address, it): (&IpAddr, &Redirected)| {
             let engine_names = docker.plan.engine_names(*address);
-            (*address, dns::Client { netns: netns.clone(), engine_names })
+            (*address, dns::Client { netns: it.netns.clone(), engine_names })
         };
         docker.redirected.iter().map(client).collect()
     }
@@ -392,11 +400,12 @@ impl Containers {
         &mut self,
         datapath: &mut Datapath,
         serves_names: bool,
+        is_tick: bool,
         now: Instant,
     ) {
         self.guard_sandboxes(datapath, now).await;
         if serves_names {
-            self.redirect_queries(datapath).await;
+            self.redirect_queries(datapath, is_tick).await;
         }
         if let Some(docker) = &mut self.docker {
             docker.next_look = now + LOOK_INTERVAL;
@@ -404,26 +413,37 @@ impl Containers {
     }
 
     /// Redirects the DNS queries of joined containers to the node, and of no others.
-    async fn redirect_queries(&mut self, datapath: &mut Datapath) {
+    async fn redirect_queries(&mut self, datapath: &mut Datapath, is_tick: bool) {
         let Some(docker) = &mut self.docker else { return };
-        let joined: BTreeMap<IpAddr, NetnsRef> = docker
+        let joined: BTreeMap<IpAddr, (NetnsRef, u64)> = docker
             .plan
             .records()
             .filter(|record| record.has_interface() && record.netns_inode != 0)
-            .map(|record| (record.address, NetnsRef::Path(record.netns.clone().into())))
+            .map(|record| {
+                let netns = NetnsRef::Path(record.netns.clone().into());
+                (record.address, (netns, record.netns_inode))
+            })
             .collect();
         let mut changed = false;
         let before = docker.redirected.len();
-        docker.redirected.retain(|address, (netns, _)| joined.get(address) == Some(netns));
+        docker.redirected.retain(|address, it| {
+            joined
+                .get(address)
+                .is_some_and(|(netns, inode)| (netns, *inode) == (&it.netns, it.inode))
+        });
         let has_left = docker.redirected.len() < before;
+        // What failed is tried again once a second, not with each look.
+        if docker.unredirected.is_some() && !is_tick {
+            return;
+        }
         docker.unredirected = None;
-        for (address, netns) in joined {
+        for (address, (netns, inode)) in joined {
             if docker.redirected.contains_key(&address) {
                 continue;
             }
             match datapath.redirect_queries(&netns).await {
                 Ok(cookie) => {
-                    docker.redirected.insert(address, (netns, cookie));
+                    docker.redirected.insert(address, Redirected { netns, inode, cookie });
                     changed = true;
                 }
                 // The container has just ended, or its engine's namespaces are not visible here.
@@ -432,11 +452,12 @@ impl Containers {
                     docker.unredirected = Some(format!(
                         "containers of the Docker engine do not find names of other hosts: {why:#}"
                     ));
+                    break;
                 }
             }
         }
         if has_left || !docker.is_adopted {
-            let kept = docker.redirected.values().map(|(_, cookie)| *cookie).collect();
+            let kept = docker.redirected.values().map(|it| it.cookie).collect();
             match datapath.keep_redirected(&kept) {
                 Ok(()) => docker.is_adopted = true,
                 Err(why) => tracing::warn!("{why:#}"),

@@ -197,6 +197,11 @@ impl DataPlane {
         self.peers.contains_key(&id.peer_index())
     }
 
+    /// Returns whether there are session keys with a node.
+    pub(super) fn has_session(&self, id: NodeId, now: Instant) -> bool {
+        self.peers.get(&id.peer_index()).is_some_and(|peer| peer.has_session(now))
+    }
+
     /// Reads the peers that an earlier daemon left in the maps. A peer with a session may have
     /// roamed since it announced its address. The session must be known before the peer is
     /// configured, or packets to the peer would be redirected to the announced address.

@@ -175,7 +175,7 @@ fn container(endpoint: &str, name: &str) -> Container {
         image: Some("tiny".into()),
         aliases: BTreeMap::from([(endpoint.into(), Vec::new())]),
         is_unhealthy: false,
-        engine_names: BTreeSet::new(),
+        engine_names: EngineNames::default(),
     }
 }
 
