@@ -23,7 +23,7 @@ pub struct Lookups {
     thread: JoinHandle<Result<Outcome>>,
 }
 
-/// What became of the look-ups.
+/// The results of the look-ups.
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// Number of look-ups.

@@ -72,6 +72,11 @@ pub enum Owner {
 }
 
 impl Owner {
+    /// Returns a Docker engine as the owner, of a container without aliases and health check.
+    pub fn docker(image: Option<String>, endpoint: Option<EngineEndpoint>) -> Self {
+        Self::Docker { image, endpoint, aliases: Vec::new(), is_unhealthy: false }
+    }
+
     /// Returns the kind of owner, as the API names it.
     pub fn kind(&self) -> Kind {
         match self {

@@ -86,12 +86,7 @@ impl NetnsRef {
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (namespace, _) = self.open()?;
-        let enter_and_work = move || {
-            setns(&namespace, CloneFlags::CLONE_NEWNET)
-                .context("the network namespace cannot be entered")?;
-            work()
-        };
-        on_thread(enter_and_work).await
+        run_in(namespace, work).await
     }
 
     /// Returns its current identity.
@@ -155,7 +150,7 @@ impl OwnNetns {
         &self,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        inside(self.0.try_clone()?, move || async move { work() }).await
+        run_in(self.0.try_clone()?, work).await
     }
 }
 
@@ -170,10 +165,21 @@ where
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<T>>,
 {
+    let run = move || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
+    };
+    run_in(namespace, run).await
+}
+
+/// Runs `work` on a new thread that has entered `namespace`.
+async fn run_in<T: Send + 'static>(
+    namespace: File,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let enter_and_work = move || {
         setns(&namespace, CloneFlags::CLONE_NEWNET)
             .context("the network namespace cannot be entered")?;
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
+        work()
     };
     on_thread(enter_and_work).await
 }

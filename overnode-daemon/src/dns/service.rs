@@ -61,7 +61,7 @@ pub struct Client {
     pub engine_names: Option<EngineNames>,
 }
 
-/// Who answers a name of one label to a container whose engine has a resolver.
+/// The side that answers a name of one label to a container whose engine has a resolver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Responsible {
     /// The cluster, if it has the name, or else the engine.

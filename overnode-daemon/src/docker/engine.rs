@@ -205,8 +205,7 @@ impl Engine {
         let containers: Vec<ListedContainer> = self.get("/containers/json").await?;
         let networks = self.remove_duplicates(self.get("/networks").await?).await?;
         let details = self.details_of(&containers, &our_networks(&networks)).await;
-        let report = Report::of(containers, networks, &details);
-        Ok(report)
+        Ok(Report::of(containers, networks, &details))
     }
 
     /// Asks for the details of new containers.
@@ -214,7 +213,7 @@ impl Engine {
         &mut self,
         containers: &[ListedContainer],
         ours: &BTreeSet<String>,
-    ) -> BTreeMap<String, Details> {
+    ) -> BTreeMap<&str, &Details> {
         let wanted = with_details(containers, ours);
         self.details.retain(|id, _| wanted.contains(id));
         for listed in containers.iter().filter(|listed| wanted.contains(listed.id())) {
@@ -233,8 +232,7 @@ impl Engine {
                 }
             }
         }
-        let known = self.details.iter().map(|(id, (_, details))| (id.clone(), details.clone()));
-        known.collect()
+        self.details.iter().map(|(id, (_, details))| (id.as_str(), details)).collect()
     }
 
     /// Removes surplus default networks and returns the networks that remain. If creating the

@@ -301,7 +301,7 @@ mod tests {
             apply(&mut identity, key, DEFAULT).unwrap();
             let default = get(&identity);
             assert!(default.is_default, "{key}={}", default.value);
-            // What is listed can be set.
+            // Each listed value can be set.
             apply(&mut identity, key, &default.value).unwrap();
             assert_eq!(get(&identity), default);
         }

@@ -185,12 +185,7 @@ impl Docker {
         since: u64,
     ) -> (Attachment, Response) {
         let record = Attachment {
-            owner: Owner::Docker {
-                image: None,
-                endpoint: None,
-                aliases: Vec::new(),
-                is_unhealthy: false,
-            },
+            owner: Owner::docker(None, None),
             address,
             is_static: fixed,
             target: "docker".to_owned(),
@@ -499,12 +494,7 @@ impl Docker {
             joined: false,
         };
         let target = engine.endpoint.clone();
-        let owner = Owner::Docker {
-            image: lease.record.image().cloned(),
-            endpoint: Some(engine),
-            aliases: Vec::new(),
-            is_unhealthy: false,
-        };
+        let owner = Owner::docker(lease.record.image().cloned(), Some(engine));
         let record = Attachment { owner, target, ..lease.record.clone() };
         Ok(Step::Keep(Box::new(record), endpoint_answer(given.is_none(), mac)))
     }
@@ -562,12 +552,7 @@ fn set_joined(record: &mut Attachment, joined: bool) {
 
 /// Returns the attachment after its endpoint was deleted: only the address remains.
 fn after_deletion(record: Attachment) -> Attachment {
-    let owner = Owner::Docker {
-        image: record.image().cloned(),
-        endpoint: None,
-        aliases: Vec::new(),
-        is_unhealthy: false,
-    };
+    let owner = Owner::docker(record.image().cloned(), None);
     Attachment { owner, ..after_leave(record) }
 }
 

@@ -82,7 +82,7 @@ impl Report {
     pub fn of(
         containers: Vec<ListedContainer>,
         networks: Vec<ListedNetwork>,
-        details: &BTreeMap<String, Details>,
+        details: &BTreeMap<&str, &Details>,
     ) -> Self {
         let is_swarm = |network: &&ListedNetwork| network.scope == SCOPE_SWARM;
         let swarm: BTreeSet<&str> =
@@ -92,7 +92,7 @@ impl Report {
         for listed in &containers {
             for endpoint in listed.endpoints() {
                 let names = names.entry(&endpoint.network).or_default();
-                let aliases = details.get(&listed.id).map(|it| it.aliases(endpoint));
+                let aliases = details.get(listed.id()).map(|it| it.aliases(endpoint));
                 let found = listed.name().into_iter().chain(aliases.into_iter().flatten());
                 names.extend(found.map(|name| name.to_ascii_lowercase()));
                 names.extend(listed.id.get(..12).map(str::to_owned));
@@ -102,7 +102,7 @@ impl Report {
             names.into_iter().map(|(network, names)| (network, Arc::new(names))).collect();
         let selected = containers.iter().filter_map(|listed| {
             let others = || listed.endpoints().filter(|it| !ours.contains(&it.network));
-            let details = details.get(&listed.id);
+            let details = details.get(listed.id()).copied();
             let engine_names = EngineNames {
                 is_open: others().any(|it| swarm.contains(it.network.as_str())),
                 networks: others()
@@ -159,14 +159,14 @@ pub struct ListedContainer {
     network_settings: Option<ListedSettings>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct ListedSettings {
     #[serde(default)]
     networks: Option<BTreeMap<String, Option<ListedEndpoint>>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct ListedEndpoint {
     #[serde(rename = "NetworkID", default)]
     network: String,
@@ -184,18 +184,21 @@ struct ListedEndpoint {
 }
 
 /// The parts of a container's description that its entry in the list lacks.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Details {
     #[serde(default)]
     network_settings: Option<ListedSettings>,
 }
 
+fn endpoints(settings: Option<&ListedSettings>) -> impl Iterator<Item = &ListedEndpoint> {
+    settings.and_then(|it| it.networks.as_ref()).into_iter().flat_map(|it| it.values().flatten())
+}
+
 impl Details {
     fn aliases(&self, of: &ListedEndpoint) -> Vec<String> {
-        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
-        let found = networks.flat_map(|it| it.values().flatten());
-        let Some(found) = found.into_iter().find(|it| it.endpoint == of.endpoint) else {
+        let mut endpoints = endpoints(self.network_settings.as_ref());
+        let Some(found) = endpoints.find(|it| it.endpoint == of.endpoint) else {
             return Vec::new();
         };
         let names = found.aliases.iter().chain(&found.dns_names).flatten();
@@ -205,9 +208,7 @@ impl Details {
 
     /// Returns the names that the container has for others.
     fn links(&self) -> BTreeSet<String> {
-        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
-        let links =
-            networks.flat_map(|it| it.values().flatten()).flat_map(|it| &it.links).flatten();
+        let links = endpoints(self.network_settings.as_ref()).flat_map(|it| &it.links).flatten();
         links.filter_map(|link| Some(link.rsplit_once(':')?.1.to_ascii_lowercase())).collect()
     }
 }
@@ -229,8 +230,7 @@ impl ListedContainer {
     }
 
     fn endpoints(&self) -> impl Iterator<Item = &ListedEndpoint> {
-        let networks = self.network_settings.iter().filter_map(|it| it.networks.as_ref());
-        networks.flat_map(|it| it.values().flatten()).filter(|it| is_id(&it.endpoint))
+        endpoints(self.network_settings.as_ref()).filter(|it| is_id(&it.endpoint))
     }
 
     fn name(&self) -> Option<String> {

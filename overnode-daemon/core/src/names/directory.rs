@@ -105,13 +105,9 @@ impl Directory {
     /// Answers a question for a name of one label, if there is such a name.
     fn bare(&mut self, query: &Query) -> Option<Answer> {
         let name = Self::bare_name(query)?;
+        let addresses = self.zone.addresses(&name);
         // A name below it does not make it ours.
-        if self.zone.addresses(&name).is_empty() {
-            return None;
-        }
-        let records = self.records(&name, query);
-        let code = ResponseCode::NoError;
-        Some(Answer { code, records, soa: None })
+        (!addresses.is_empty()).then(|| Answer::of(records(addresses, query)))
     }
 
     fn forward(&mut self, domain: &Domain, query: &Query) -> Answer {
@@ -126,18 +122,8 @@ impl Directory {
             };
         }
         let existence = self.zone.existence(&name);
-        let records = self.records(&name, query);
+        let records = records(self.zone.addresses(&name), query);
         if records.is_empty() { none(existence) } else { Answer::of(records) }
-    }
-
-    fn records(&mut self, name: &str, query: &Query) -> Vec<Record> {
-        let wanted = |address: &IpAddr| match query.query_type {
-            RecordType::A => address.is_ipv4(),
-            RecordType::AAAA => address.is_ipv6(),
-            kind => kind == RecordType::ANY,
-        };
-        let addresses = self.zone.addresses(name).into_iter().filter(wanted);
-        addresses.map(|it| record(query.name.clone(), data_of(it))).collect()
     }
 
     fn reverse(&mut self, network: IpNet, query: &Query) -> Verdict {
@@ -189,6 +175,17 @@ impl Answer {
     fn refused() -> Self {
         Self { code: ResponseCode::Refused, records: Vec::new(), soa: None }
     }
+}
+
+/// Returns the records of these addresses that a question asks for.
+fn records(addresses: Vec<IpAddr>, query: &Query) -> Vec<Record> {
+    let wanted = |address: &IpAddr| match query.query_type {
+        RecordType::A => address.is_ipv4(),
+        RecordType::AAAA => address.is_ipv6(),
+        kind => kind == RecordType::ANY,
+    };
+    let wanted = addresses.into_iter().filter(wanted);
+    wanted.map(|it| record(query.name.clone(), data_of(it))).collect()
 }
 
 fn is_transfer(kind: RecordType) -> bool {

@@ -29,7 +29,7 @@ pub struct Zone {
     rng: StdRng,
 }
 
-/// What is known of a name.
+/// Tells whether a name exists, as far as this node knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existence {
     /// It has an address, or a name below it has one.
@@ -71,11 +71,6 @@ impl Zone {
         if !names.is_empty() {
             self.nodes.insert(node, names.to_vec());
         }
-    }
-
-    /// Returns the names that a node announces.
-    pub fn names_of(&self, node: NodeId) -> &[Named] {
-        self.nodes.get(&node).map_or(&[], Vec::as_slice)
     }
 
     /// Sets the nodes whose names are served: this node and those that packets reach.

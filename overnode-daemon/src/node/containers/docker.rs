@@ -432,7 +432,7 @@ impl Containers {
                 .is_some_and(|(netns, inode)| (netns, *inode) == (&it.netns, it.inode))
         });
         let has_left = docker.redirected.len() < before;
-        // What failed is tried again once a second, not with each look.
+        // A failure is retried once a second, not with each look.
         if docker.unredirected.is_some() && !is_tick {
             return;
         }
